@@ -1,0 +1,107 @@
+"""normfuse: fold every normalization layer that has a home into its neighbours, exactly.
+
+The public names are loaded on first use, so that ``import normfuse`` (and ``normfuse --help``) costs nothing and needs
+neither torch nor an optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normfuse.api import apply, export, fold, fold_bn, inspect
+    from normfuse.base import Reason, Refusal
+    from normfuse.errors import (
+        CaptureError,
+        DeployedModelError,
+        LoadError,
+        LoweringError,
+        MissingDependencyError,
+        NormfuseError,
+        RequirementError,
+        VerificationError,
+    )
+    from normfuse.pipeline import Result
+    from normfuse.report import Outcome, Report, Status
+    from normfuse.serialize import load, save
+    from normfuse.verify import Comparison, Tolerance, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Comparison",
+    "DeployedModelError",
+    "LoadError",
+    "LoweringError",
+    "MissingDependencyError",
+    "NormfuseError",
+    "Outcome",
+    "Reason",
+    "Refusal",
+    "Report",
+    "RequirementError",
+    "Result",
+    "Status",
+    "Tolerance",
+    "VerificationError",
+    "apply",
+    "export",
+    "fold",
+    "fold_bn",
+    "inspect",
+    "load",
+    "save",
+    "verify",
+]
+
+_NAMES = {
+    "api": ("apply", "export", "fold", "fold_bn", "inspect"),
+    "base": ("Reason", "Refusal"),
+    "errors": (
+        "CaptureError",
+        "DeployedModelError",
+        "LoadError",
+        "LoweringError",
+        "MissingDependencyError",
+        "NormfuseError",
+        "RequirementError",
+        "VerificationError",
+    ),
+    "pipeline": ("Result",),
+    "report": ("Outcome", "Report", "Status"),
+    "serialize": ("load", "save"),
+    "verify": ("Comparison", "Tolerance", "verify"),
+}
+_HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package as a module whose ``verify`` is always the function.
+
+    Importing the submodule ``normfuse.verify`` would otherwise put that module where the function belongs.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

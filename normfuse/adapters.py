@@ -1,0 +1,46 @@
+"""Third-party layers described in torch terms, by qualified class name, so that none is imported.
+
+An adapter is needed only where reading a layer's ``forward`` does not show what it is: a frozen BatchNorm written as a
+multiplication and an addition of buffers. Subclasses of torch layers that call ``F.conv2d`` or ``F.batch_norm`` on
+their own parameters need none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A BatchNorm on buffers ``weight, bias, running_mean, running_var`` and ``eps``.
+
+    Attributes:
+        tail: Names of the child modules that run after the normalization, in order.
+    """
+
+    tail: tuple[str, ...] = ()
+
+
+_FROZEN = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": Frozen(),
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": Frozen(),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": Frozen(tail=("drop", "act")),
+}
+
+
+def frozen(module: nn.Module) -> Frozen | None:
+    """Return the adapter of a frozen BatchNorm whose class is known and keeps its ``forward``."""
+    for cls in type(module).__mro__:
+        adapter = _FROZEN.get(f"{cls.__module__}.{cls.__qualname__}")
+        if adapter is not None:
+            return adapter
+        if "forward" in vars(cls):
+            return None
+    return None
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether an adapter describes the module, so that the readers take it as one operation."""
+    return "forward" not in vars(module) and frozen(module) is not None

@@ -1,0 +1,194 @@
+"""The library's surface: fold a model, inspect it, run passes, export."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from normfuse import surgery
+from normfuse.base import Pass
+from normfuse.capture import unwrap
+from normfuse.errors import VerificationError
+from normfuse.graph import Inputs
+from normfuse.passes import PASSES
+from normfuse.pipeline import Result, Selection, run
+from normfuse.report import Report
+from normfuse.verify import Tolerance, verify
+
+__all__ = ["EXACT_PASSES", "apply", "export", "fold", "fold_bn", "inspect"]
+
+M = TypeVar("M", bound=nn.Module)
+EXACT_PASSES: tuple[str, ...] = ("materialize", "fold-bn", "merge-branches", "fold-bn", "fold-affine")
+_log = logging.getLogger("normfuse")
+
+
+def fold(
+    model: M,
+    *,
+    example_inputs: Inputs | None = None,
+    inplace: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    duplicate_shared: bool = False,
+) -> M:
+    """Return the model with every exact pass applied, in eval mode.
+
+    Weight reparametrizations are materialized, norms of fixed affine form folded into the weights around them, parallel
+    linear branches merged, and the gains and shifts of the remaining norms moved into the layers that follow. The
+    function of the model in eval mode stays the same, up to rounding.
+
+    Args:
+        model: Any module. It is not changed unless ``inplace``; wrappers such as DDP are looked through.
+        example_inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments. With it, one run of
+            the model is followed, which reads any model and knows every shape; without, the model is traced.
+        inplace: Edit ``model`` itself.
+        include: Globs of qualified names; only these layers are touched. All, if empty.
+        exclude: Globs of qualified names of layers to leave alone.
+        duplicate_shared: Give each call of a shared layer weights of its own where sharing is all that prevents a fold.
+
+    Returns:
+        A model of the same class. Its ``train()`` raises :class:`normfuse.DeployedModelError`.
+
+    Raises:
+        CaptureError: The model does not run on the inputs, or no part of it can be traced.
+
+    Example:
+        >>> folded = normfuse.fold(model, example_inputs=torch.randn(1, 3, 224, 224))  # doctest: +SKIP
+    """
+    options = {"include": include, "exclude": exclude, "duplicate_shared": duplicate_shared}
+    return apply(model, EXACT_PASSES, example_inputs=example_inputs, inplace=inplace, **options).model  # type: ignore[arg-type]
+
+
+def fold_bn(
+    model: M,
+    *,
+    example_inputs: Inputs | None = None,
+    inplace: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    duplicate_shared: bool = False,
+) -> M:
+    """Return the model with each eligible BatchNorm folded into the weights around it, in eval mode.
+
+    The arguments, result and errors are those of :func:`fold`; only the pass ``fold-bn`` runs.
+    """
+    options = {"include": include, "exclude": exclude, "duplicate_shared": duplicate_shared}
+    return apply(model, ("fold-bn",), example_inputs=example_inputs, inplace=inplace, **options).model  # type: ignore[arg-type]
+
+
+def inspect(
+    model: nn.Module,
+    passes: Sequence[str | Pass] = ("fold-bn",),
+    *,
+    example_inputs: Inputs | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    duplicate_shared: bool = False,
+) -> Report:
+    """Say what the passes would do with each norm, and why not where they would not; changes nothing.
+
+    The passes run on a copy of the modules that shares the model's tensors, so the answer is what a run would do.
+
+    Raises:
+        CaptureError: As for :func:`fold`.
+    """
+    scratch = surgery.copy_structure(unwrap(model))
+    return _run(scratch, passes, example_inputs, True, include, exclude, duplicate_shared).report
+
+
+def apply(
+    model: M,
+    passes: Sequence[str | Pass],
+    *,
+    example_inputs: Inputs | None = None,
+    inplace: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    duplicate_shared: bool = False,
+    tolerance: Tolerance | None = None,
+) -> Result[M]:
+    """Run passes in order; the result has ``.model`` and ``.report``.
+
+    Args:
+        model: As for :func:`fold`.
+        passes: Names such as ``"fold-bn"`` (see :data:`normfuse.passes.PASSES`), or :class:`normfuse.base.Pass` objects.
+        example_inputs: As for :func:`fold`; needed for ``tolerance``.
+        inplace: As for :func:`fold`.
+        include: As for :func:`fold`.
+        exclude: As for :func:`fold`.
+        duplicate_shared: As for :func:`fold`.
+        tolerance: Verify the result on the example inputs against a float64 run of ``model`` within this tolerance.
+
+    Raises:
+        ValueError: A pass name is not known, or a tolerance is given without example inputs.
+        CaptureError: As for :func:`fold`.
+        VerificationError: The result leaves the tolerance.
+    """
+    if tolerance is not None and (example_inputs is None or inplace):
+        raise ValueError("a tolerance needs example_inputs, and inplace=False to have something to compare with")
+    result = _run(model, passes, example_inputs, inplace, include, exclude, duplicate_shared)
+    _tell(result.report)
+    if tolerance is not None and example_inputs is not None:
+        comparison = verify(unwrap(model), result.model, example_inputs, tolerance=tolerance)
+        if not comparison:
+            raise VerificationError(f"the result leaves the tolerance: {comparison}", comparison)
+    return result
+
+
+def export(model: nn.Module, path: str | Path, *, example_inputs: Inputs, fold_bn: bool = True, **options: Any) -> Report:
+    """Fold a copy of the model, write it to ``path`` and verify the written file; the format follows the extension.
+
+    Args:
+        model: Any module; it is not changed.
+        path: Where to write; ``.onnx``.
+        example_inputs: As for :func:`fold`.
+        fold_bn: Whether to fold first. Without it, the file keeps its BatchNormalization nodes.
+        options: Those of :func:`normfuse.lowering.export`: ``dynamic_axes``, ``opset``, ``precision``, ``verify``.
+
+    Returns:
+        The report of the fold.
+
+    Raises:
+        LoweringError: The model cannot be written in this format.
+        VerificationError: The written file does not reproduce the model; it is removed.
+        MissingDependencyError: A package that the format needs is not installed.
+    """
+    from normfuse.lowering import export as lower_and_verify
+
+    return lower_and_verify(unwrap(model), path, example_inputs=example_inputs, fold_bn=fold_bn, **options).report
+
+
+def _run(
+    model: M,
+    passes: Sequence[str | Pass],
+    example_inputs: Inputs | None,
+    inplace: bool,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    duplicate_shared: bool,
+) -> Result[M]:
+    names = (("duplicate-shared",) if duplicate_shared else ()) + tuple(passes)
+    chosen = [_pass(one) if isinstance(one, str) else one for one in names]
+    selection = Selection(tuple(include), tuple(exclude))
+    return run(model, chosen, example_inputs=example_inputs, selection=selection, inplace=inplace)
+
+
+def _pass(name: str) -> Pass:
+    if name not in PASSES:
+        raise ValueError(f"no pass is called {name!r}; there are {', '.join(PASSES)}")
+    return PASSES[name]()
+
+
+def _tell(report: Report) -> None:
+    """Log one line; a warning where a model with norms came out unchanged."""
+    _log.info(report.summary())
+    if report or not report.norms:
+        return
+    reasons = collections.Counter(o.refusal for o in report.norms if o.refusal)
+    most = f"; most often {reasons.most_common(1)[0][0]}" if reasons else ""
+    _log.warning("no norm of this model was changed%s", most)

@@ -1,0 +1,39 @@
+"""Read a model into one graph of module calls and function calls, without changing it.
+
+Two readers give the same kind of graph:
+
+- *recorded* (``example_inputs`` given): one real run is followed, tensor by tensor. Any model that runs can be read,
+  and every shape is known.
+- *symbolic* (no input): ``torch.fx`` traces the model, or, where that fails, each part of it that can be traced.
+
+Both read the model in eval mode and leave the mode of every module as it was.
+"""
+
+from __future__ import annotations
+
+from torch.nn import Module
+
+from normfuse.capture.modes import eval_mode, unwrap
+from normfuse.capture.recorded import record
+from normfuse.capture.symbolic import trace
+from normfuse.graph import Inputs, ModelGraph
+
+__all__ = ["capture", "eval_mode", "record", "trace", "unwrap"]
+
+
+def capture(model: Module, example_inputs: Inputs | None = None) -> ModelGraph:
+    """Read ``model`` into a :class:`ModelGraph`.
+
+    Args:
+        model: Any module; DDP, DataParallel and ``torch.compile`` wrappers are looked through.
+        example_inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments to run the model on.
+            Without it the model is traced symbolically.
+
+    Returns:
+        The graph. It is partial where only parts of the model could be traced.
+
+    Raises:
+        CaptureError: The model did not run on the inputs, or no part of it could be traced.
+    """
+    model = unwrap(model)
+    return trace(model) if example_inputs is None else record(model, example_inputs)

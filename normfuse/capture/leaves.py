@@ -1,0 +1,45 @@
+"""Which modules are read as one operation, and which are read through.
+
+A module is a leaf if it runs the ``forward`` of a ``torch.nn`` layer unchanged, whatever its own class is called. A
+subclass that overrides ``forward`` (timm's ``Conv2dSame`` and ``BatchNormAct2d``) is read through: its calls of
+``F.conv2d`` and ``F.batch_norm`` on its own parameters say what it does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from normfuse import adapters
+
+_CONTAINERS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+_BEHAVIOUR = ("forward", "_conv_forward", "__call__")
+
+
+def base_layer(module: nn.Module) -> type[nn.Module] | None:
+    """Return the ``torch.nn`` class whose ``forward`` the module runs unchanged, if there is one."""
+    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        return None
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.nn.modules."):
+            return None if cls is nn.Module or issubclass(cls, _CONTAINERS) else cls
+        if any(name in vars(cls) for name in _BEHAVIOUR):
+            return None
+    return None
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the readers take a call of the module as one operation."""
+    return isinstance(module, torch.jit.ScriptModule) or base_layer(module) is not None or adapters.is_known(module)

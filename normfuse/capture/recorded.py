@@ -1,0 +1,257 @@
+"""Read a model by following one real run of it.
+
+Every torch function that the model calls outside a leaf module becomes a node, and so does every call of a leaf module.
+Tensors are followed by identity. What bypasses the torch functions (a custom autograd function, a C++ operator) is
+caught one level lower, at the dispatcher, so that no reader of a value goes unseen. An in-place operation gives its
+tensor a new node, and every view of the same storage an opaque one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from normfuse.capture.leaves import is_leaf
+from normfuse.capture.modes import eval_mode
+from normfuse.errors import CaptureError
+from normfuse.graph import Inputs, ModelGraph, ModuleCall, module_names, named_tensors
+
+_METADATA = frozenset(
+    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size storage_offset "
+    "get_device type __len__ __hash__ __get__ shape ndim dtype device data_ptr is_pinned has_names is_signed "
+    "is_inference is_conj is_neg is_nonzero_type untyped_storage __repr__ __format__ is_tensor dim_order is_same_size".split()
+)
+
+
+def record(model: nn.Module, example_inputs: Inputs) -> ModelGraph:
+    """Run ``model`` once in eval mode on ``example_inputs`` and return what it did as a graph with shapes.
+
+    Raises:
+        CaptureError: The model raised an exception on these inputs.
+    """
+    training = _training_inside_eval(model)
+    args, kwargs = as_call(example_inputs)
+    recorder = _Recorder(model)
+    with eval_mode(model), torch.no_grad():
+        try:
+            output = recorder.run(args, kwargs)
+        except Exception as error:
+            raise CaptureError(f"the model does not run on the example inputs: {_one_line(error)}") from error
+    recorder.graph.output(recorder.nodes_of(output))
+    return ModelGraph(model, recorder.graph, calls=recorder.calls, training=training)
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``(args, kwargs)`` for example inputs: a tuple is positional, a mapping is keywords, else one argument."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if type(inputs) is tuple else (inputs,)), {}
+
+
+def _training_inside_eval(model: nn.Module) -> frozenset[str]:
+    return frozenset() if model.training else frozenset(n for n, m in model.named_modules() if m.training)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+class _Recorder:
+    """Builds the graph while the model runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.graph = fx.Graph()
+        self.calls: list[ModuleCall] = []
+        self.scope: tuple[ModuleCall, ...] = ()
+        self.busy = False
+        self.node_of = WeakTensorKeyDictionary()
+        self.module_name = {key: names[0] for key, names in module_names(model).items()}
+        self.tensor_name = {id(tensor): name for name, tensor in reversed(list(named_tensors(model)))}
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model with everything it does followed."""
+        for index, tensor in enumerate(_tensors((args, kwargs))):
+            self._bind(tensor, self.graph.placeholder(f"input_{index}"))
+        with self._intercept_modules(), _DispatchReader(self), _FunctionReader(self):
+            return self.model(*args, **kwargs)
+
+    # values to nodes
+
+    def nodes_of(self, value: Any) -> Any:
+        """Return ``value`` with every tensor in it replaced by its node."""
+        if isinstance(value, Tensor):
+            return self._node(value)
+        if isinstance(value, Mapping):
+            return {str(key): self.nodes_of(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(self.nodes_of, value)) if type(value) in (list, tuple) else tuple(map(self.nodes_of, value))
+        if isinstance(value, slice):
+            return slice(self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step))
+        if hasattr(value, "__dict__") and any(isinstance(v, Tensor) for v in vars(value).values()):
+            return {key: self.nodes_of(item) for key, item in vars(value).items()}
+        return value
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        node = self.node_of.get(tensor)
+        if node is None:
+            name = self.tensor_name.get(id(tensor))
+            node = self._make("call_function", opaque, (), {}) if name is None else self.graph.get_attr(name)
+            self._bind(tensor, node)
+        return node
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta.setdefault("shape", tuple(tensor.shape))
+        node.meta.setdefault("dtype", tensor.dtype)
+        self.node_of[tensor] = node
+
+    def _make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["scope"] = self.scope
+        return node
+
+    # operations to nodes
+
+    def record(self, op: str, target: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation and add the node for it; return its result."""
+        inputs = _tensors((args, kwargs))
+        versions = [_version(tensor) for tensor in inputs]
+        node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
+        self.busy = True
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            self.busy = False
+        mutated = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
+        outputs = _tensors(result)
+        if not outputs and not mutated and _is_metadata(target):
+            return result
+        node = self._make(op, target, node_args, node_kwargs)
+        self._bind_result(node, result, outputs, mutated)
+        return result
+
+    def _bind_result(self, node: fx.Node, result: Any, outputs: list[Tensor], mutated: list[Tensor]) -> None:
+        for tensor in mutated:
+            self._invalidate_views(tensor, node)
+            self.node_of[tensor] = node
+        if isinstance(result, Tensor):
+            self._bind(result, node)
+        elif isinstance(result, list | tuple) and all(isinstance(item, Tensor) for item in result):
+            for index, item in enumerate(result):
+                self._bind(item, self._make("call_function", pick, (node, index), {}))
+        else:
+            for tensor in outputs:
+                self._bind(tensor, self._make("call_function", opaque, (node,), {}))
+
+    def _invalidate_views(self, mutated: Tensor, node: fx.Node) -> None:
+        storage = _storage(mutated)
+        if storage is None:
+            return
+        for tensor, old in list(self.node_of.items()):
+            if tensor is not mutated and _storage(tensor) == storage and old.op != "get_attr":
+                self.node_of[tensor] = self._make("call_function", opaque, (old, node), {})
+
+    # modules
+
+    def call_module(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one module call: as one node for a leaf, read through otherwise."""
+        name = self.module_name.get(id(module))
+        if self.busy or name is None:
+            return call(*args, **kwargs)
+        if is_leaf(module):
+            return self.record("call_module", name, call, args, kwargs)
+        entry = ModuleCall(name, inputs=tuple(self._node(tensor) for tensor in _tensors((args, kwargs))))
+        self.calls.append(entry)
+        outer, self.scope = self.scope, (*self.scope, entry)
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            self.scope = outer
+        entry.outputs = tuple(self._node(tensor) for tensor in _tensors(result))
+        entry.single_output = isinstance(result, Tensor)
+        return result
+
+    @contextlib.contextmanager
+    def _intercept_modules(self) -> Iterator[None]:
+        original = nn.Module.__call__
+
+        def intercepted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.call_module(module, lambda *a, **k: original(module, *a, **k), args, kwargs)
+
+        nn.Module.__call__ = intercepted  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+class _FunctionReader(TorchFunctionMode):
+    """Hands every torch function of the run to the recorder."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.recorder.busy:
+            return func(*args, **(kwargs or {}))
+        return self.recorder.record("call_function", func, func, args, kwargs or {})
+
+
+class _DispatchReader(TorchDispatchMode):
+    """Hands the operators that no torch function announced to the recorder."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.recorder.busy:
+            return func(*args, **(kwargs or {}))
+        return self.recorder.record("call_function", func, func, args, kwargs or {})
+
+
+def opaque(*values: Any) -> Any:
+    """Stand in a graph for a value whose origin torch does not show."""
+    raise RuntimeError("an opaque value cannot be computed")
+
+
+def pick(values: Any, index: int) -> Any:
+    """Return one of the tensors that an operation returned together."""
+    return values[index]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple | set):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if isinstance(value, slice):
+        return _tensors((value.start, value.stop, value.step))
+    if hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+        return [item for item in vars(value).values() if isinstance(item, Tensor)]
+    return []
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _is_metadata(target: Any) -> bool:
+    return getattr(target, "__name__", "") in _METADATA

@@ -1,0 +1,67 @@
+"""The command line: ``normfuse COMMAND``.
+
+Commands are loaded when they are named and import torch only when they run, so that ``--help`` is immediate.
+
+Exit codes: 0 done and verified; 1 verification failed or output unusable; 2 usage; 3 a requirement unmet
+(``--require-fold``); 4 input refused; 5 a backend is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+import normfuse
+
+COMMANDS = ("inspect", "fold", "export", "verify", "doctor")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules of their own, and whose errors are one line each."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a user's work, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return it, None for any other word."""
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"normfuse.cli.{cmd_name}").command
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run, print an error as one line on standard error, and exit with its code."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.ClickException as error:
+            click.echo(one_line(error), err=True)
+            code = error.exit_code
+        except click.Abort:
+            click.echo("Interrupted", err=True)
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(error: click.ClickException) -> str:
+    """Return the text of an error in one line, with the command that explains the usage where that was wrong."""
+    text = " ".join(line.strip() for line in error.format_message().splitlines() if line.strip())
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f"Error: {text}" + (f" (see {context.command_path} --help)" if context else "")
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 verification failed, 2 usage, 3 requirement unmet, 4 input refused, 5 backend missing.",
+)
+@click.version_option(normfuse.__version__, prog_name="normfuse")
+def main() -> None:
+    """Fold normalization layers into their neighbours, exactly, and export verified networks."""

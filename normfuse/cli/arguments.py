@@ -1,0 +1,153 @@
+"""Options that commands share, and their types."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class NamedShape(NamedTuple):
+    """The shape of one input; the name is None where the model has one input."""
+
+    name: str | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The model that was asked for and what to run it on; the fields are the options of the same names."""
+
+    model: str = ""
+    arch: str | None = None
+    arch_kwargs: tuple[tuple[str, Any], ...] = ()
+    weights: Path | None = None
+    allow_globals: tuple[str, ...] = ()
+    trust_pickle: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    input_file: Path | None = None
+    input_shapes: tuple[NamedShape, ...] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """How to compare a result with its source; the fields are the options of the same names."""
+
+    no_verify: bool = False
+    num_inputs: int = 8
+    rtol: float | None = None
+    atol: float | None = None
+
+
+class ShapeType(click.ParamType):
+    """``name:1x3x224x224`` or ``1,3,224,224``: both ways of writing a shape, with or without a name."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> NamedShape:
+        """Return the shape; a usage error names what cannot be read."""
+        if isinstance(value, NamedShape):
+            return value
+        name, _, sizes = value.rpartition(":")
+        try:
+            shape = tuple(int(size) for size in sizes.replace("x", ",").split(","))
+        except ValueError:
+            shape = ()
+        if not shape or min(shape) < 1:
+            self.fail(f"{value!r} is not a shape; write name:1x3x224x224 or 1,3,224,224", param, ctx)
+        return NamedShape(name or None, shape)
+
+
+class KeyValueType(click.ParamType):
+    """``key=value``, the value a Python literal where it is one and text where not."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Return the pair; a usage error where there is no ``=``."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not (equals and key.isidentifier()):
+            self.fail(f"{value!r} is not key=value", param, ctx)
+        try:
+            return key, ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return key, text
+
+
+class AxisType(click.ParamType):
+    """``name:axis``, ``name:axis=label`` or ``axis``: an axis whose size may vary."""
+
+    name = "name:axis"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text, which the lowering takes as it is."""
+        axis, equals, label = value.rpartition(":")[2].partition("=")
+        if not axis.isdecimal() or (equals and not label.isidentifier()):
+            self.fail(f"{value!r} is not an axis; write name:0 or name:0=label, or 0 for a single input", param, ctx)
+        return value
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Return one decorator for several, in the order in which ``--help`` shows them."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+model_argument = click.argument("model")
+
+loading_options = options(
+    click.option("--arch", metavar="SPEC", help="timm:NAME, torchvision:NAME or package.module:factory."),
+    click.option("--arch-kwargs", "arch_kwargs", type=KeyValueType(), multiple=True, help="Argument of the architecture."),
+    click.option("--weights", type=FILE, help="Checkpoint to load into an architecture given as MODEL."),
+    click.option("--allow-global", "allow_globals", multiple=True, metavar="NAME", help="Class the file may use."),
+    click.option("--trust-pickle", is_flag=True, help="Load any pickle. Runs code from the file: only if you trust it."),
+    click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where to run."),
+    click.option("--seed", default=0, show_default=True, help="Seed of random weights and inputs."),
+)
+
+input_options = options(
+    click.option("--input", "input_file", type=FILE, help="Example input as .npz or .npy."),
+    click.option("--input-shape", "input_shapes", type=ShapeType(), multiple=True, help="name:1x3x224x224 or 1,3,224,224."),
+)
+
+folding_options = options(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only norms with such names."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No norms with such names."),
+    click.option("--duplicate-shared", is_flag=True, help="Give each use of a shared layer its own copy."),
+    click.option("--require-fold", is_flag=True, help="Exit with 3 if a norm that runs is left."),
+)
+
+checking_options = options(
+    click.option("--no-verify", is_flag=True, help="Do not compare the result with the source."),
+    click.option("--num-inputs", type=click.IntRange(min=1), default=8, show_default=True, help="Inputs to compare on."),
+    click.option("--rtol", type=click.FloatRange(min=0), help="Accept this difference, relative to the element."),
+    click.option("--atol", type=click.FloatRange(min=0), help="Accept this difference."),
+)
+
+writing_options = options(
+    click.option("-o", "--output", type=FILE, help="Where to write; beside the input if not given."),
+    click.option("--force", is_flag=True, help="Overwrite files that exist."),
+)
+
+output_options = options(
+    click.option("--json", "json_file", metavar="FILE|-", help="Write the report as JSON; - for standard output."),
+    click.option("-v", "--verbose", count=True, help="Every norm, the log, and stack traces of errors."),
+    click.option("-q", "--quiet", is_flag=True, help="Only errors."),
+    click.option("--no-color", is_flag=True, help="No colour; NO_COLOR does the same."),
+)

@@ -1,0 +1,159 @@
+"""Results on standard output, progress on standard error, JSON where asked for; and files that are never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+import normfuse
+from normfuse.errors import RequirementError
+
+SCHEMA_VERSION = 1
+STYLES = {"applied": "green", "refused": "yellow", "unmatched": "cyan", "not reached": "dim"}
+
+
+class Output:
+    """Where a command writes its results.
+
+    Attributes:
+        document: The JSON document; commands fill in its keys, which are added to but never renamed.
+        verbose: Whether to list what is usually summed up.
+    """
+
+    def __init__(
+        self, stream: IO[str], *, command: str, json_file: str | None = None, quiet: bool = False, no_color: bool = False
+    ) -> None:
+        self.stream = stream
+        self.json_file = json_file
+        self.verbose = False
+        self.quiet = quiet
+        self.no_color = no_color or bool(os.environ.get("NO_COLOR"))
+        self.document: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "tool": "normfuse",
+            "version": normfuse.__version__,
+            "command": command,
+            "environment": {},
+            "model": None,
+            "pairs": [],
+            "verify": None,
+            "bench": [],
+            "outputs": [],
+            "notes": [],
+        }
+
+    def rows(self, rows: Sequence[tuple[str, ...]], *, style: str = "bold") -> None:
+        """Print rows in aligned columns; the first column is set in ``style``, or by its word."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2), pad_edge=False)
+        for first, *rest in rows:
+            table.add_row(Text(first, style=STYLES.get(first, style)), *(Text(cell) for cell in rest))
+        self._print(table)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        from rich.text import Text
+
+        self._print(Text(text))
+
+    def note(self, text: str) -> None:
+        """Record something the user should know, and print it."""
+        self.document["notes"].append(text)
+        self.rows([("  note", text)])
+
+    def _print(self, renderable: Any) -> None:
+        if self.quiet or self.json_file == "-":
+            return
+        from rich.console import Console
+
+        terminal = self.stream.isatty()
+        # Off a terminal a line is a record: it is not wrapped and has no trailing blanks.
+        console = Console(file=self.stream, no_color=self.no_color, width=None if terminal else 1000, highlight=False)
+        with console.capture() as captured:
+            console.print(renderable, soft_wrap=not terminal)
+        self.stream.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+        self.stream.flush()
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Show on standard error what is being done, for as long as it takes; nothing off a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+
+        with Console(stderr=True, no_color=self.no_color).status(what):
+            yield
+
+    def finish(self) -> None:
+        """Write the JSON document, if one was asked for."""
+        if self.json_file is None:
+            return
+        text = json.dumps(self.document, indent=2, allow_nan=False) + "\n"
+        if self.json_file == "-":
+            self.stream.write(text)
+            self.stream.flush()
+        else:
+            write_text(Path(self.json_file), text)
+
+    def fail_unless(self, condition: bool, error: Exception) -> None:
+        """Write the JSON document and raise ``error``, unless all is well."""
+        if not condition:
+            self.finish()
+            raise error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file all or nothing: under a temporary name beside it, then renamed."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def require_free(path: Path, *, force: bool) -> None:
+    """Refuse a destination before any work is done.
+
+    Raises:
+        click.UsageError: The file exists and ``force`` is not given, or its folder does not exist.
+    """
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} exists; --force overwrites it, -o FILE writes elsewhere")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"there is no folder {path.parent}")
+
+
+def size(path: Path) -> str:
+    """Return the size of a file for people: ``"44.6 MB"``."""
+    count = float(path.stat().st_size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def require_all_folded(report: Any) -> None:
+    """Raise if a norm that runs is left.
+
+    Raises:
+        RequirementError: Some are; the text names the first ones.
+    """
+    left = [o for o in report.norms if o.status.name in ("REFUSED", "UNMATCHED")]
+    if left:
+        names = ", ".join(o.subject for o in left[:3]) + (", ..." if len(left) > 3 else "")
+        raise RequirementError(f"--require-fold: {len(left)} of {len(report.norms)} norms are left ({names})")

@@ -1,0 +1,46 @@
+"""What tells a folded (Deploy mode) model apart: its manifest, and that it does not go back to training.
+
+Training folded weights is unstable: their gradient lacks the factor that the norm's scale gave it (arXiv 2305.11624).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from normfuse.errors import DeployedModelError
+
+MANIFEST = "normfuse_manifest"
+
+
+class RefuseTraining:
+    """Stands in for ``model.train`` on a folded model: ``train(False)`` works, ``train()`` raises."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Put the model in eval mode.
+
+        Raises:
+            DeployedModelError: Training was asked for.
+        """
+        if mode:
+            raise DeployedModelError(
+                "this model is folded: its norms are gone and training it is unstable. Fine-tune the unfolded model "
+                "and fold it afterwards; torch.nn.Module.train(model) overrides this"
+            )
+        return nn.Module.train(self.model, False)
+
+
+def guard(model: nn.Module, manifest: dict[str, Any]) -> nn.Module:
+    """Mark a model as folded: attach its manifest, and refuse ``.train()``. Returns the model."""
+    vars(model)[MANIFEST] = manifest
+    vars(model)["train"] = RefuseTraining(model)
+    return model
+
+
+def manifest_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return the manifest of a folded model, None for any other."""
+    return vars(model).get(MANIFEST)

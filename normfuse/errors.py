@@ -1,0 +1,56 @@
+"""The errors of normfuse.
+
+A :class:`NormfuseError` is the user's to act on: its text is one line that names what is wrong and what to do.
+:class:`PassContractError` is deliberately not one of them: it means a bug in a pass, and deserves a stack trace.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normfuse.verify import Comparison
+
+
+class NormfuseError(Exception):
+    """Base of every error that the user can act on."""
+
+
+class CaptureError(NormfuseError):
+    """The model could not be read: no reader could follow its forward pass."""
+
+
+class LoadError(NormfuseError):
+    """A model file was refused: unknown format, damaged, unsafe, or not what was asked for."""
+
+
+class LoweringError(NormfuseError):
+    """The model could not be written as ONNX or as an engine."""
+
+
+class RequirementError(NormfuseError):
+    """A requirement that the user stated (such as ``--require-fold``) is not met."""
+
+
+class VerificationError(NormfuseError):
+    """The result does not reproduce the source within the tolerance.
+
+    Attributes:
+        comparison: The :class:`normfuse.Comparison` that failed.
+    """
+
+    def __init__(self, message: str, comparison: Comparison | None = None) -> None:
+        super().__init__(message)
+        self.comparison = comparison
+
+
+class MissingDependencyError(NormfuseError, ImportError):
+    """An optional package is not installed; the text is the command that installs it."""
+
+
+class DeployedModelError(NormfuseError):
+    """A folded model was asked to do what only the unfolded model can, such as to train."""
+
+
+class PassContractError(Exception):
+    """A pass broke its contract: a bug in the pass, not in the user's model."""

@@ -1,0 +1,229 @@
+"""A captured model as a graph, and the questions that passes ask of it.
+
+The graph is an ``fx.Graph`` whose nodes are calls of leaf modules (``call_module``), of torch functions
+(``call_function``, ``call_method``), parameters (``get_attr``) and inputs. It is only read: what a pass edits is the
+user's module, and a node's module is looked up afresh at each question, so the graph stays true while norms are
+replaced by ``nn.Identity``.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfuse import surgery
+from normfuse.surgery import Edit, module_names
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(eq=False, slots=True)
+class ModuleCall:
+    """One call of a module that is read through: which nodes came in, and which came out."""
+
+    name: str
+    inputs: tuple[fx.Node, ...] = ()
+    outputs: tuple[fx.Node, ...] = ()
+    single_output: bool = False
+
+
+@dataclass(eq=False)
+class ModelGraph:
+    """A captured model.
+
+    Attributes:
+        root: The user's model.
+        graph: The nodes, in order of execution. ``node.meta`` may hold ``shape``, ``dtype`` (recorded only) and
+            ``scope``, the enclosing :class:`ModuleCall` objects from the outermost to the innermost.
+        calls: Calls of the modules that were read through.
+        partial: Names of the parts that were traced on their own; empty when the whole model was read.
+        training: Names of modules that were in training mode inside a model in eval mode.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    calls: list[ModuleCall] = field(default_factory=list)
+    partial: tuple[str, ...] = ()
+    training: frozenset[str] = frozenset()
+    edits: list[Edit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nodes: list[fx.Node] = list(self.graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        self.names = module_names(self.root)
+        self._modules = dict(self.root.named_modules())
+        self._aliases = _tensor_aliases(self.root)
+        self._uses = self._collect_uses()
+        self._sites = self._collect_sites()
+
+    # modules and their calls
+
+    def module(self, name: str) -> nn.Module:
+        """Return the module of this captured name, or what replaced it.
+
+        Raises:
+            AttributeError: The model has no such module.
+        """
+        return self._modules[name] if name in self._modules else self.root.get_submodule(name)
+
+    def perform(self, edit: Edit) -> None:
+        """Carry out a structural edit on the model and log it."""
+        surgery.perform(self.root, edit)
+        self.edits.append(edit)
+        if "path" in edit:
+            self._modules[edit["path"]] = self.root.get_submodule(edit["path"])
+
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give parameters and buffers of the model new values, by captured name."""
+        surgery.assign(self.module, tensors)
+
+    def remove(self, node: fx.Node) -> None:
+        """Note that a call changes its input no longer: its norm was folded."""
+        node.meta["removed"] = True
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a ``call_module`` node calls, None for every other node."""
+        return self.module(str(node.target)) if node.op == "call_module" else None
+
+    def call_sites(self, name: str) -> list[fx.Node]:
+        """Return the nodes that call the leaf module of this name."""
+        return self._sites.get(name, [])
+
+    def calls_of(self, name: str) -> list[ModuleCall]:
+        """Return the calls of the read-through module of this name."""
+        return [call for call in self.calls if call.name == name]
+
+    def body(self, call: ModuleCall) -> list[fx.Node]:
+        """Return the nodes that ran inside one call of a module, in order, parameters left out."""
+        return [n for n in self.nodes if n.op != "get_attr" and call in n.meta.get("scope", ())]
+
+    # tensors of the model
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the parameter, buffer or tensor attribute that has this qualified name now."""
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.module(owner), attribute)
+
+    def owners(self, name: str) -> tuple[str, ...]:
+        """Return every qualified name of the tensor called ``name`` in distinct modules: more than one is a tie."""
+        return self._aliases.get(name, (name,))
+
+    def uses(self, name: str) -> list[fx.Node]:
+        """Return the nodes that read the tensor called ``name``, under whichever of its names."""
+        return self._uses.get(self.owners(name)[0], [])
+
+    # values
+
+    def consumers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that read a value, once per occurrence: ``x + x`` consumes ``x`` twice.
+
+        A node that asks only for its shape (``y.reshape_as(x)``, ``zeros_like(x)``) does not read it.
+        """
+        return [user for user in node.users for _ in range(occurrences(user, node) - shape_reads(user, node))]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Return the shape a value had in the recorded run."""
+        return node.meta.get("shape")
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether a value depends on parameters and buffers alone, not on the input of the model."""
+        if "constant" not in node.meta:
+            node.meta["constant"] = node.op == "get_attr" or (
+                node.op in ("call_function", "call_method")
+                and bool(node.all_input_nodes)
+                and all(self.is_constant(n) for n in node.all_input_nodes)
+            )
+        return node.meta["constant"]
+
+    def value(self, node: fx.Node) -> Tensor:
+        """Return the present value of a constant node."""
+        if node.op == "get_attr":
+            return self.tensor(str(node.target)).detach()
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.value)  # type: ignore[misc]
+        with torch.no_grad():
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    # building the indexes
+
+    def _collect_uses(self) -> dict[str, list[fx.Node]]:
+        uses: dict[str, list[fx.Node]] = collections.defaultdict(list)
+        for node in self.nodes:
+            if node.op == "get_attr":
+                uses[self.owners(str(node.target))[0]].extend(self.consumers(node))
+            elif node.op == "call_module":
+                for name in _own_tensors(self.module(str(node.target)), str(node.target)):
+                    uses[self.owners(name)[0]].append(node)
+        return uses
+
+    def _collect_sites(self) -> dict[str, list[fx.Node]]:
+        sites: dict[str, list[fx.Node]] = collections.defaultdict(list)
+        for node in self.nodes:
+            if node.op == "call_module":
+                sites[str(node.target)].append(node)
+        return sites
+
+
+def function_name(node: fx.Node) -> str:
+    """Return the plain name of the torch function that a node calls: ``"batch_norm"``, ``"add"``; else ``""``."""
+    if node.op == "call_method":
+        return str(node.target).strip("_")
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2].strip("_")
+    name = getattr(target, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(target, "__self__", None), "__name__", "")
+    return name.strip("_") if _is_torch(target) else ""
+
+
+def _is_torch(target: Any) -> bool:
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", None)
+    return module is None or module.split(".")[0] in ("torch", "_operator", "operator", "math", "normfuse")
+
+
+def shape_reads(user: fx.Node, node: fx.Node) -> int:
+    """Return how many of a node's occurrences in ``user`` are about its shape or dtype alone."""
+    name = function_name(user)
+    if name.endswith("_like") or name.startswith("new_"):
+        return int(user.args[:1] == (node,))
+    return int(name in ("expand_as", "view_as", "reshape_as", "type_as") and user.args[1:2] == (node,))
+
+
+def occurrences(user: fx.Node, node: fx.Node) -> int:
+    """Return how often ``node`` stands among the arguments of ``user``."""
+    found: list[fx.Node] = []
+    fx.map_arg((user.args, dict(user.kwargs)), found.append)  # type: ignore[arg-type]
+    return sum(n is node for n in found)
+
+
+def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(qualified name, tensor)`` for parameters, buffers and plain tensor attributes, ties repeated."""
+    for prefix, module in root.named_modules():
+        for name, tensor in _direct_tensors(module):
+            yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _direct_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    held = (module._parameters, module._buffers, vars(module))
+    return [(name, value) for table in held for name, value in table.items() if isinstance(value, Tensor)]
+
+
+def _own_tensors(module: nn.Module, prefix: str) -> Iterator[str]:
+    for name, _ in named_tensors(module):
+        yield f"{prefix}.{name}" if prefix else name
+
+
+def _tensor_aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    groups: dict[int, list[str]] = collections.defaultdict(list)
+    for name, tensor in named_tensors(root):
+        groups[id(tensor)].append(name)
+    return {name: tuple(group) for group in groups.values() for name in group}

@@ -1,0 +1,282 @@
+"""Write a model as ONNX, with the checks that keep a bad file from being written.
+
+``torch.onnx.export(dynamo=True)`` optimizes the graph as it writes, and folds Conv+BatchNorm pairs on its own. Where
+BatchNormalization must remain, and for bfloat16, whose folded weights it would write as float32, the graph is written
+as traced and only its constants are evaluated; unevaluated, no runtime can optimize it.
+
+The file is checked, holds the version and the manifest of normfuse in its metadata, and appears only when complete.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfuse import __version__, deploy, ranges, rerun
+from normfuse.errors import LoweringError, MissingDependencyError
+from normfuse.lowering import graphs
+from normfuse.lowering.staging import staged
+from normfuse.outputs import Inputs, arguments, named_inputs
+
+Precision = Literal["fp32", "fp16", "bf16"]
+DynamicAxes = Iterable[str] | Mapping[str, Iterable[int] | Mapping[int, str]]
+Axes = dict[str, dict[int, str]]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXTERNAL_DATA_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; some room for the graph
+BFLOAT16_OPSET = 22  # the first in which Conv takes bfloat16
+_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxInfo:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        size_bytes: Its size, with external data.
+        opset: The version of the standard operators.
+        nodes: How many nodes of each operator.
+        inputs: The names of its inputs, in order.
+        notes: What a reader should know about it.
+    """
+
+    path: Path
+    size_bytes: int
+    opset: int
+    nodes: collections.Counter[str]
+    inputs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs,
+    *,
+    dynamic_axes: DynamicAxes | None = None,
+    opset: int | None = None,
+    fold_bn: bool = True,
+    precision: Precision = "fp32",
+) -> OnnxInfo:
+    """Write the model, in eval mode, as an ONNX file; the model itself is not changed.
+
+    Args:
+        model: The model.
+        path: The file; one that exists is replaced. Weights over 2 GB go to ``<path>.data`` beside it.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
+        dynamic_axes: Axes of any size: ``["x:0", "x:2=height"]`` or ``{"x": [0], "mask": {0: "batch"}}``, by the names
+            of ``forward``; axis 0 is called ``batch`` where it is given no name.
+        opset: The version of the standard operators; None takes the exporter's, or 22 for bfloat16.
+        fold_bn: False keeps every BatchNormalization as a node.
+        precision: The floating-point type of the file; the model and its inputs are cast to it.
+
+    Raises:
+        LoweringError: The exporter cannot write this model, not in this opset or precision, or what it wrote is not
+            valid ONNX. No file is left behind.
+        MissingDependencyError: onnx or onnxscript is not installed.
+    """
+    _require()
+    twin = rerun.duplicate(model)
+    _check_range(twin, precision)
+    twin, inputs = rerun.convert(twin, DTYPES[precision]), rerun.cast_inputs(example_inputs, DTYPES[precision])
+    if opset is None and precision == "bf16":
+        opset = BFLOAT16_OPSET
+    optimize = fold_bn and precision != "bf16"
+    axes = parse_axes(dynamic_axes, named_inputs(twin, inputs))
+    program = _export(twin, inputs, _dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
+    _describe(program.model, deploy.manifest_of(model))
+    with staged(path) as target:
+        _save(program, target)
+        info = _inspect(target, opset, axes)
+        return dataclasses.replace(info, path=Path(path), notes=_notes(info.nodes, fold_bn=fold_bn))
+
+
+def _require() -> None:
+    graphs.require()
+    try:
+        import onnxscript  # noqa: F401 - torch.onnx needs it, and says so less clearly
+    except ImportError as error:
+        raise MissingDependencyError("onnxscript is not installed: pip install 'normfuse[onnx]'") from error
+
+
+def _check_range(model: nn.Module, precision: Precision) -> None:
+    lost = ranges.overflowing(model, DTYPES[precision])
+    if lost:
+        worst = max(lost, key=lambda layer: max(layer.max_weight, layer.max_bias))
+        found = f"{worst.name} reaches {max(worst.max_weight, worst.max_bias):.3g}"
+        raise LoweringError(f"{len(lost)} layers exceed the range of {precision}: {found}; use bf16 or fp32")
+
+
+def parse_axes(axes: DynamicAxes | None, named: Mapping[str, Any]) -> Axes:
+    """Return ``{input: {axis: label}}`` for the dynamic axes of the inputs; a text without a name means the first.
+
+    Raises:
+        LoweringError: A text is not of the form, or there is no such tensor or axis among the inputs.
+    """
+    parsed = _from_mapping(axes) if isinstance(axes, Mapping) else _from_texts(axes or (), next(iter(named), ""))
+    for name, labels in parsed.items():
+        if not isinstance(named.get(name), Tensor):
+            raise LoweringError(f"dynamic axis of {name!r}: the inputs of forward are {', '.join(named)}")
+        if max(labels) >= named[name].dim():
+            raise LoweringError(f"dynamic axis {max(labels)} of {name!r}: it has {named[name].dim()} axes")
+    return parsed
+
+
+def _from_mapping(axes: Mapping[str, Iterable[int] | Mapping[int, str]]) -> Axes:
+    return {
+        name: dict(given) if isinstance(given, Mapping) else {axis: _label(name, axis) for axis in given}
+        for name, given in axes.items()
+    }
+
+
+def _from_texts(axes: Iterable[str], only: str) -> Axes:
+    parsed: Axes = collections.defaultdict(dict)
+    for text in axes:
+        place, _, label = text.partition("=")
+        name, _, axis = place.rpartition(":")
+        if not axis.isdigit() or (label and not label.isidentifier()):
+            raise LoweringError(f"dynamic axis {text!r} is not of the form name:axis or name:axis=label")
+        parsed[name or only][int(axis)] = label or _label(name or only, int(axis))
+    return dict(parsed)
+
+
+def _dynamic_shapes(axes: Axes, named: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the exporter's description of the inputs: a dimension for each dynamic axis, None for a static input."""
+    labels = {label for names in axes.values() for label in names.values()}
+    dims = {label: torch.export.Dim(label, min=1) for label in labels}
+    shapes = {name: {axis: dims[label] for axis, label in names.items()} for name, names in axes.items()}
+    return {name: shapes.get(name) for name in named} if shapes else None
+
+
+def _label(name: str, axis: int) -> str:
+    return "batch" if axis == 0 else f"{name}_{axis}"
+
+
+def _export(
+    model: nn.Module, inputs: Inputs, dynamic_shapes: dict[str, Any] | None, opset: int | None, *, optimize: bool
+) -> torch.onnx.ONNXProgram:
+    args, kwargs = arguments(inputs)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                verbose=False,
+                optimize=optimize,
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
+            )
+            if program is not None and not optimize:
+                _evaluate_constants(program)
+    except Exception as error:  # the exporter lets errors of any kind through
+        raise LoweringError(_explain(error, dynamic=dynamic_shapes is not None)) from error
+    if program is None:
+        raise LoweringError("the exporter returned nothing")
+    return program
+
+
+def _evaluate_constants(program: torch.onnx.ONNXProgram) -> None:
+    import onnxscript
+
+    onnxscript.optimizer.fold_constants(program.model)
+    onnxscript.optimizer.remove_unused_nodes(program.model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from writing to the terminal; its errors arrive as exceptions."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    sink = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _explain(error: BaseException, *, dynamic: bool) -> str:
+    """Return the first cause of an exporter's error in one line, and what to try next."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+    kind = type(cause).__name__
+    if dynamic and ("onstraint" in text or "onstraint" in kind or "specializ" in text):
+        advice = "the model fixes the size of an axis: leave it out of dynamic_axes"
+    elif "DataDependent" in kind or "data-dependent" in text or "nonzero" in text:
+        advice = "its control flow depends on data: export the part without it, such as model.backbone"
+    else:
+        advice = "try another opset, or export a submodule to find the part at fault"
+    return f"the model cannot be written as ONNX: {kind}: {text[:300]}; {advice}"
+
+
+def _describe(model: Any, manifest: Mapping[str, Any] | None) -> None:
+    model.metadata_props["normfuse.version"] = __version__
+    if manifest:
+        model.metadata_props[graphs.MANIFEST] = json.dumps(manifest)
+
+
+def _save(program: torch.onnx.ONNXProgram, target: Path) -> None:
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+    with _quiet():
+        program.save(target, external_data=size > EXTERNAL_DATA_BYTES)
+
+
+def _inspect(path: Path, opset: int | None, axes: Axes) -> OnnxInfo:
+    """Check the written file and describe it."""
+    onnx = graphs.require()
+    try:
+        onnx.checker.check_model(os.fspath(path), full_check=True)
+    except Exception as error:  # the checker and the shape inference share no base class
+        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise LoweringError(f"the exporter wrote an invalid file: {text}") from error
+    model = graphs.load(path)
+    version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset is not None and version != opset:
+        raise LoweringError(f"opset {opset} is not possible for this model: the exporter wrote {version}")
+    _require_dynamic(model, axes)
+    training = [node.name for node in graphs.nodes(model) if graphs.trains(node)]
+    if training:
+        raise LoweringError(f"{len(training)} nodes normalize with batch statistics: {training[0]}")
+    return OnnxInfo(
+        path=path,
+        size_bytes=sum(file.stat().st_size for file in path.parent.iterdir()),
+        opset=version,
+        nodes=graphs.op_counts(model),
+        inputs=tuple(value.name for value in model.graph.input),
+    )
+
+
+def _require_dynamic(model: Any, axes: Axes) -> None:
+    """Refuse a file in which the exporter silently fixed an axis that was to be dynamic."""
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    for name, labels in axes.items():
+        for axis in labels:
+            if name in shapes and not shapes[name][axis].dim_param:
+                size = shapes[name][axis].dim_value
+                raise LoweringError(f"axis {axis} of {name!r} cannot be dynamic: the model fixes its size to {size}")
+
+
+def _notes(nodes: Mapping[str, int], *, fold_bn: bool) -> tuple[str, ...]:
+    left = nodes.get("BatchNormalization", 0)
+    return (f"{left} BatchNormalization nodes remain",) if left and fold_bn else ()

@@ -1,0 +1,207 @@
+"""Which parts of a captured model are norms, and which of those are fixed affine maps.
+
+A norm is a module (a torch norm, a known third-party one, or a class that is named like one) or a call of a torch norm
+function such as ``F.batch_norm`` on an activation. A call on the parameters of a norm module belongs to that module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normfuse import adapters, numerics
+from normfuse.affine import AffineMap
+from normfuse.base import Reason, Refused
+from normfuse.graph import ModelGraph, function_name
+
+_TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
+_NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$")
+_NORM_FUNCTIONS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm")
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_NATIVE_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+
+
+@dataclass(slots=True)
+class Norm:
+    """One normalization layer and where it is called.
+
+    Attributes:
+        name: Qualified name of the module, or ``"module:batch_norm"`` for a call in a module that is not a norm.
+        layer: Class name, or the name of the function.
+        nodes: Its call sites in the graph, in order; empty where the captured run did not reach it.
+        module: Qualified name of the norm module, None for a bare call.
+    """
+
+    name: str
+    layer: str
+    module: str | None
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer, judged by its class."""
+    if isinstance(module, _TORCH_NORMS) or adapters.is_known(module):
+        return True
+    if type(module).__module__.startswith("torch.nn.utils.") or not _NORM_NAME.search(type(module).__name__):
+        return False
+    return not any(True for child in module.children() for _ in child.parameters())
+
+
+def find_norms(graph: ModelGraph) -> list[Norm]:
+    """Return every norm of the model once: the reached ones in order of execution, then the others."""
+    norms = {name: Norm(name, type(m).__name__, name) for name, m in graph.root.named_modules() if is_norm(m)}
+    for node in graph.nodes:
+        _attach(node, graph, norms)
+    for call in graph.calls:  # a norm of our own naming that calls no torch norm was still reached
+        if call.name in norms and not norms[call.name].nodes:
+            norms[call.name].nodes.extend(graph.body(call)[:1])
+    return sorted(norms.values(), key=lambda norm: graph.order[norm.nodes[0]] if norm.nodes else len(graph.nodes))
+
+
+def _attach(node: fx.Node, graph: ModelGraph, norms: dict[str, Norm]) -> None:
+    if node.op == "call_module" and str(node.target) in norms:
+        norms[str(node.target)].nodes.append(node)
+    elif function_name(node) in _NORM_FUNCTIONS and not graph.is_constant(node):
+        owner = _owner(node, norms)
+        name = owner or f"{_scope_name(node)}:{function_name(node)}"
+        if owner is None and name in norms and not _same_call(node, norms[name].nodes[0]):
+            name = f"{name}_{sum(key.startswith(name) for key in norms)}"
+        norms.setdefault(name, Norm(name, function_name(node), owner)).nodes.append(node)
+
+
+def _owner(node: fx.Node, norms: dict[str, Norm]) -> str | None:
+    """Return the norm module on whose parameters, or inside whose forward, the function is called."""
+    for source in node.all_input_nodes:
+        if source.op == "get_attr" and str(source.target).rpartition(".")[0] in norms:
+            return str(source.target).rpartition(".")[0]
+    return next((call.name for call in reversed(node.meta.get("scope", ())) if call.name in norms), None)
+
+
+def _scope_name(node: fx.Node) -> str:
+    scope = node.meta.get("scope", ())
+    return scope[-1].name if scope else ""
+
+
+def _same_call(node: fx.Node, other: fx.Node) -> bool:
+    return node.target == other.target and [str(a) for a in node.args[1:]] == [str(a) for a in other.args[1:]]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a ``batch_norm`` node by the names of ``F.batch_norm``."""
+    names = _BATCH_NORM if node.target is F.batch_norm else _NATIVE_BATCH_NORM
+    return {**dict(zip(names, node.args, strict=False)), **dict(node.kwargs)}
+
+
+def source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, AffineMap]:
+    """Return the input of a norm's call and the fixed affine map that the call applies to it.
+
+    Raises:
+        Refused: The norm has no fixed affine inference form, or its statistics or rank are not known.
+    """
+    if node.op == "call_module":
+        scale, shift = _module_affine(norm.name, graph)
+    elif function_name(node) == "batch_norm":
+        scale, shift = _function_affine(norm.name, node, graph)
+    else:
+        raise Refused(Reason.UNSUPPORTED_LAYER, f"{norm.name} ({norm.layer}) normalises by statistics of its input")
+    value = _input(norm, node)
+    return value, AffineMap.along(1, _rank(norm, node, value, graph), scale, shift)
+
+
+def has_affine_form(norm: Norm, graph: ModelGraph) -> bool:
+    """Whether a norm belongs to a family whose inference form is a fixed affine map."""
+    if norm.module is not None:
+        module = graph.module(norm.module)
+        return isinstance(module, _NormBase) or adapters.is_known(module)
+    return norm.layer == "batch_norm"
+
+
+def _module_affine(name: str, graph: ModelGraph) -> tuple[Tensor, Tensor]:
+    module = graph.module(name)
+    if adapters.is_known(module):
+        m: Any = module
+        return numerics.norm_affine(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
+    if not isinstance(module, _NormBase):
+        raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} ({type(module).__name__}) has no rule")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise Refused(Reason.UNINITIALIZED, f"{name} has no values yet", "run the model once")
+    if module.running_mean is None or module.running_var is None:
+        raise Refused(Reason.BATCH_STATISTICS, f"{name} has no running statistics", "recalibrate it, or leave it")
+    if name in graph.training:
+        raise Refused(Reason.BATCH_STATISTICS, f"{name} is in training mode in a model in eval mode", "call .eval()")
+    return numerics.norm_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+
+
+def _function_affine(name: str, node: fx.Node, graph: ModelGraph) -> tuple[Tensor, Tensor]:
+    given = arguments(node)
+    if given.get("training") or name in graph.training:
+        raise Refused(Reason.BATCH_STATISTICS, f"{name} is called with training=True", "it needs stored statistics")
+    values: dict[str, Tensor | None] = {}
+    for key in ("running_mean", "running_var", "weight", "bias"):
+        argument = given.get(key)
+        if isinstance(argument, fx.Node) and not graph.is_constant(argument):
+            raise Refused(Reason.OPAQUE_OPERATION, f"{key} of {name} is computed from the input")
+        values[key] = graph.value(argument) if isinstance(argument, fx.Node) else None
+    if values["running_mean"] is None or values["running_var"] is None:
+        raise Refused(Reason.BATCH_STATISTICS, f"{name} has no running statistics", "recalibrate it, or leave it")
+    mean, var = values["running_mean"], values["running_var"]
+    return numerics.norm_affine(mean, var, values["weight"], values["bias"], given.get("eps", 1e-5))
+
+
+def _input(norm: Norm, node: fx.Node) -> fx.Node:
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(value, fx.Node):
+        raise Refused(Reason.NO_PRODUCER, f"the input of {norm.name} is not a value of the graph")
+    return value
+
+
+def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
+    shape = graph.shape(value)
+    known = len(shape) if shape is not None else ranks(node, graph)
+    if known is None:
+        raise Refused(Reason.RANK_UNKNOWN, f"the rank of the input of {norm.name} is not known", "pass example_inputs")
+    if norm.layer.startswith(("InstanceNorm", "instance_norm")) and known < 3:
+        raise Refused(Reason.AXIS, f"{norm.name} is called on an unbatched input")
+    return known
+
+
+def ranks(node: fx.Node, graph: ModelGraph) -> int | None:
+    """Return the rank of a value where layers imply it (a symbolic capture has no shapes), else None."""
+    module = graph.module_of(node)
+    for classes, rank in _RANK_OF_LAYER:
+        if isinstance(module, classes):
+            return rank
+    if adapters.is_known(module) if module is not None else False:
+        return 4
+    if isinstance(module, nn.Flatten):
+        return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
+    name = function_name(node)
+    if name in _RANK_OF_FUNCTION:
+        return _RANK_OF_FUNCTION[name]
+    keeps = isinstance(module, _KEEP_RANK) or name in _KEEP_RANK_FUNCTIONS
+    first = next(iter(node.all_input_nodes), None)
+    return ranks(first, graph) if keeps and first is not None else None
+
+
+_RANK_OF_LAYER: tuple[tuple[Any, int], ...] = (
+    ((nn.Conv1d, nn.ConvTranspose1d, nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d), 3),
+    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d), 4),
+    ((nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.ZeroPad2d), 4),
+    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.AvgPool3d, nn.MaxPool3d), 5),
+)
+_RANK_OF_FUNCTION = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "avg_pool2d": 4, "max_pool2d": 4}
+_KEEP_RANK = (nn.Linear, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh)
+_KEEP_RANK = (*_KEEP_RANK, nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ELU, nn.Dropout, nn.Dropout2d)
+_KEEP_RANK_FUNCTIONS = frozenset("relu gelu silu dropout contiguous add mul sigmoid tanh batch_norm linear".split())
+
+
+def norm_nodes(graph: ModelGraph) -> Iterator[Norm]:
+    """Yield the norms of fixed affine form that the captured run reached."""
+    yield from (norm for norm in find_norms(graph) if norm.nodes and has_affine_form(norm, graph))

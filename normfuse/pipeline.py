@@ -1,0 +1,141 @@
+"""Run passes over a model: capture, detect, check, apply; and say what became of every norm.
+
+A pass sees the model as the passes before it left it. The model is captured again where a pass changed its structure.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from normfuse import deploy, norms, surgery
+from normfuse.base import Match, Pass, Reason, Refusal
+from normfuse.capture import capture, unwrap
+from normfuse.graph import Inputs, ModelGraph, module_names
+from normfuse.manifest import make_manifest
+from normfuse.report import Outcome, Report, Status
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Generic[M]):
+    """A model after a run of passes, and what was done to it."""
+
+    model: M
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which layers the passes may touch: qualified names that match a glob of ``include`` and none of ``exclude``."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def refuses(self, name: str) -> Refusal | None:
+        """Return a refusal for a layer that the user left out."""
+        wanted = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
+        if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude):
+            return None
+        return Refusal(Reason.EXCLUDED, f"{name} was left out by the user")
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of one run."""
+
+    selection: Selection
+    original: dict[int, str]
+    outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
+
+
+def run(
+    model: M,
+    passes: Sequence[Pass],
+    *,
+    example_inputs: Inputs | None = None,
+    selection: Selection = Selection(),  # noqa: B008 - frozen
+    inplace: bool = False,
+) -> Result[M]:
+    """Run passes in order on a model, or on a copy of it, and return it in eval mode with the report.
+
+    Raises:
+        CaptureError: The model could not be read.
+    """
+    user_model = unwrap(model)
+    notes = _notes(user_model)
+    work = user_model if inplace else surgery.copy(user_model)
+    before = list(user_model.state_dict())
+    state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
+    graph = capture(work, example_inputs)
+    inventory = norms.find_norms(graph)
+    for index, one in enumerate(passes):
+        if _run_pass(one, graph, state) and index + 1 < len(passes):
+            graph = replace(capture(work, example_inputs), edits=graph.edits)
+    report = _report(inventory, passes, state, notes)
+    for module in work.modules():
+        module.training = False
+    if report and not all(one.reversible for one in passes):
+        deploy.guard(work, make_manifest(work, before, graph.edits, report))
+    return Result(work, report)  # type: ignore[arg-type]
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    if not model.training:
+        return ()
+    return ("the model was in training mode; what was folded is its eval form",)
+
+
+def _run_pass(one: Pass, graph: ModelGraph, state: _Run) -> bool:
+    """Apply one pass wherever it may; return whether it changed more than values and plain identities."""
+    structural = False
+    for match in list(one.detect(graph)):
+        name = _original_name(match, graph, state)
+        answer = state.selection.refuses(name) or one.check(match, graph)
+        if isinstance(answer, Match):
+            edits = len(graph.edits)
+            one.apply(answer, graph)
+            structural |= any(edit.get("module") != surgery.IDENTITY for edit in graph.edits[edits:])
+        _note(one, match, answer, name, state)
+    return structural
+
+
+def _original_name(match: Match, graph: ModelGraph, state: _Run) -> str:
+    """Return the name a layer had before any pass moved it."""
+    try:
+        return state.original.get(id(graph.module(match.subject)), match.subject)
+    except AttributeError:
+        return match.subject
+
+
+def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _Run) -> None:
+    done = isinstance(answer, Match)
+    before = state.outcomes.get((name, match.norm))
+    if before is not None and (before.status is Status.APPLIED or not done):
+        return
+    refusal = None if isinstance(answer, Match) else answer
+    partners = answer.partners if isinstance(answer, Match) else match.partners
+    status = Status.APPLIED if done else Status.REFUSED
+    outcome = Outcome(one.name, status, name, match.layer, match.norm, partners, refusal)
+    state.outcomes[name, match.norm] = outcome
+
+
+def _report(inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...]) -> Report:
+    """Return every norm once, in order of execution, and after them what else was rewritten."""
+    about_norms = [state.outcomes.get((norm.name, True)) or _left(norm) for norm in inventory]
+    known = {norm.name for norm in inventory}
+    others = [o for (name, is_norm), o in state.outcomes.items() if not is_norm or name not in known]
+    return Report((*about_norms, *others), tuple(one.name for one in passes), notes)
+
+
+def _left(norm: norms.Norm) -> Outcome:
+    """Return the outcome of a norm that no pass looked at."""
+    if not norm.nodes:
+        return Outcome("", Status.NOT_REACHED, norm.name, norm.layer)
+    detail = f"{norm.layer} normalises by statistics of its own input"
+    return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=Refusal(Reason.UNSUPPORTED_LAYER, detail))

@@ -1,0 +1,233 @@
+"""Find weights that absorb a fixed affine map, along a route of operations that let it pass.
+
+Backwards, from the value the map applies to: each step needs that nobody else reads the value. Forwards, from the value
+it produces: every reader must take it. A route ends at absorbers; the finished :class:`Plan` knows for each the map of
+each of its calls, and turns them into new tensors if every call of every absorber agrees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfuse import absorbers, gather, rules
+from normfuse.absorbers import Absorber
+from normfuse.affine import AffineMap
+from normfuse.base import Reason, Refused
+from normfuse.graph import ModelGraph, occurrences
+from normfuse.operations import describe
+
+Side = Literal["output", "input"]
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which absorbers take which maps, call by call, and the nodes the route passes."""
+
+    maps: dict[tuple[Absorber, Side], dict[fx.Node, AffineMap]] = field(default_factory=dict)
+    passed: list[fx.Node] = field(default_factory=list)
+
+    def copy(self) -> Plan:
+        """Return a plan that can grow on its own."""
+        return Plan({key: dict(calls) for key, calls in self.maps.items()}, list(self.passed))
+
+    def add(self, absorber: Absorber, side: Side, node: fx.Node, m: AffineMap) -> None:
+        """Let one call of an absorber take a map, after what it already takes."""
+        calls = self.maps.setdefault((absorber, side), {})
+        calls[node] = m.after(calls[node]) if node in calls else m
+
+    @property
+    def partners(self) -> tuple[str, ...]:
+        """The names of the absorbing layers."""
+        return tuple(dict.fromkeys(absorber.name for absorber, _ in self.maps))
+
+
+class Router:
+    """Searches a graph for routes."""
+
+    def __init__(self, graph: ModelGraph) -> None:
+        self.graph = graph
+
+    def backward(self, value: fx.Node, wanted: AffineMap, reader: fx.Node, plan: Plan) -> Plan:
+        """Return ``plan`` extended so that ``value``, as ``reader`` sees it, becomes ``wanted`` of what it was.
+
+        Raises:
+            Refused: No route exists; the refusal is that of the furthest step.
+        """
+        if wanted.is_identity:
+            return plan
+        self._require_sole(value, reader)
+        absorber = absorbers.output_side(value, self.graph)
+        if absorber is not None:
+            grown = plan.copy()
+            grown.add(self._constant(absorber, reader, wanted), "output", value, wanted)
+            return grown
+        if value.op == "placeholder":
+            raise Refused(Reason.NO_PRODUCER, "it is fed by the input of the model")
+        return self._through(value, wanted, plan)
+
+    def _constant(self, absorber: Absorber, reader: fx.Node, wanted: AffineMap) -> Absorber:
+        """A parameter under a multiplication is a factor, which takes no shift."""
+        if absorber.kind == "addend" and describe(reader, self.graph).name in ("mul", "div"):
+            return Absorber("factor", absorber.name, absorber.weight)
+        return absorber
+
+    def _through(self, value: fx.Node, wanted: AffineMap, plan: Plan) -> Plan:
+        operation = describe(value, self.graph)
+        refused: Refused | None = None
+        for way in rules.backward(value, operation, wanted, self.graph):
+            try:
+                grown = plan.copy()
+                grown.passed.append(value)
+                for source, m in way:
+                    grown = self.backward(source, m, value, grown)
+                return grown
+            except Refused as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
+
+    def _require_sole(self, value: fx.Node, reader: fx.Node) -> None:
+        readers = self.graph.consumers(value)
+        own = reader.args[0] if reader.target is gather.pick else reader
+        others = [node for node in readers if node is not own]
+        if len(readers) == 1:
+            return
+        if not others:
+            raise Refused(Reason.EXTRA_CONSUMER, f"{_name(reader)} reads {_name(value)} more than once")
+        siblings = [part for node in others for part in self._parts(node)]
+        if gather.is_gather(reader, self.graph) and all(gather.is_gather(part, self.graph) for part in siblings):
+            if gather.shows_apart(reader, siblings, self.graph):
+                return
+        other = others[0]
+        what = "an output of the model" if other.op == "output" else f"read by {describe(other, self.graph).label}"
+        raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is also {what}")
+
+    def _parts(self, node: fx.Node) -> list[fx.Node]:
+        picks = [user for user in node.users if user.target is gather.pick]
+        return picks or [node]
+
+    def forward(self, value: fx.Node, given: AffineMap, plan: Plan) -> Plan:
+        """Return ``plan`` extended so that all readers of ``value`` do on it what they did on ``given`` of it.
+
+        Raises:
+            Refused: A reader cannot take the map.
+        """
+        if given.is_identity:
+            return plan
+        if not value.users:
+            raise Refused(Reason.EXTRA_CONSUMER, f"nothing reads {_name(value)}")
+        for reader in value.users:
+            plan = self._into(reader, value, given, plan)
+        return plan
+
+    def _into(self, reader: fx.Node, value: fx.Node, given: AffineMap, plan: Plan) -> Plan:
+        if reader.op == "output":
+            raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is an output of the model")
+        absorber = absorbers.input_side(reader, value, self.graph)
+        if absorber is not None:
+            grown = plan.copy()
+            grown.add(absorber, "input", reader, given)
+            return grown
+        if occurrences(reader, value) != 1:
+            raise Refused(Reason.OPAQUE_OPERATION, f"{_name(reader)} reads {_name(value)} more than once")
+        operation = describe(reader, self.graph)
+        grown = plan.copy()
+        grown.passed.append(reader)
+        if operation.name == "gather" and reader.target is not gather.pick:
+            picks = [user for user in reader.users if user.target is gather.pick]
+            for part in picks:
+                grown = self.forward(part, gather.forward(part, given, self.graph), grown)
+            if picks:
+                return grown
+        return self.forward(reader, rules.forward(reader, operation, value, given, self.graph), grown)
+
+
+def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
+    """Return the new tensors, by name and in float64, that carry out a plan.
+
+    Raises:
+        Refused: An absorber is shared, tied, parametrized, hooked or of another dtype, its calls disagree, or a new
+            value leaves the range of its dtype.
+    """
+    if graph.partial:
+        hint = "pass example_inputs"
+        raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced, callers may be unseen", hint)
+    for node in plan.passed:
+        _require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
+    tensors: dict[str, Tensor] = {}
+    for (absorber, side), calls in plan.maps.items():
+        _require_own(absorber, calls, graph)
+        maps = list(calls.values())
+        absorb = absorbers.absorb_output if side == "output" else absorbers.absorb_input
+        new = absorb(absorber, maps[0], graph)
+        if not all(m.equals(maps[0]) for m in maps[1:]):
+            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called with different norms", _DUPLICATE)
+        if tensors.keys() & new.keys():
+            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} would take a map on both sides")
+        tensors |= new
+    for name, value in tensors.items():
+        _require_in_range(name, value, graph)
+    return tensors
+
+
+_DUPLICATE = "pass duplicate_shared=True"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _require_own(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelGraph) -> None:
+    """Refuse an absorber that anything outside the plan reads or changes."""
+    _require_plain(absorber, graph)
+    for name in filter(None, (absorber.weight, absorber.bias)):
+        if len(graph.owners(name)) > 1:
+            others = ", ".join(other for other in graph.owners(name) if other != name)
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}", _DUPLICATE)
+        readers = [node for node in graph.uses(name) if node not in calls and absorber.kind not in ("addend", "factor")]
+        if absorber.kind in ("addend", "factor") and len(graph.uses(name)) != 1:
+            readers = graph.uses(name)
+        if readers:
+            count = len(set(graph.uses(name)))
+            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called {count} times", _DUPLICATE)
+
+
+def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
+    owner, _, attribute = absorber.weight.rpartition(".")
+    module = graph.module(owner)
+    if nn.utils.parametrize.is_parametrized(module) or attribute not in module._parameters:
+        if attribute not in module._buffers:
+            hint = "the materialize pass makes it plain"
+            raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise Refused(Reason.UNINITIALIZED, f"{owner} has no values yet", "run the model once")
+    _require_no_hooks(owner, graph)
+    tensor = graph.tensor(absorber.weight)
+    if tensor.is_quantized:
+        raise Refused(Reason.QUANTIZED, f"{absorber.weight} is quantized", "fold before quantizing")
+    if tensor.dtype not in _FLOATS:
+        raise Refused(Reason.DTYPE, f"{absorber.weight} is {tensor.dtype}")
+
+
+def _require_no_hooks(name: str | None, graph: ModelGraph) -> None:
+    if name is None:
+        return
+    module = graph.module(name)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
+
+
+def _require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
+    owner, _, attribute = name.rpartition(".")
+    old = getattr(graph.module(owner), attribute, None)
+    like = old if isinstance(old, Tensor) else next(iter(graph.module(owner).parameters(recurse=False)))
+    if not bool(torch.isfinite(value).all()):
+        raise Refused(Reason.NONFINITE, f"{name} would hold NaN or infinity")
+    if not bool(torch.isfinite(value.to(like.dtype)).all()):
+        largest = float(value.abs().max())
+        raise Refused(Reason.RANGE, f"{name} would reach {largest:.3g}, beyond {like.dtype}", "fold in float32")
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op in ("call_module", "get_attr") else node.name

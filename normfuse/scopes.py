@@ -1,0 +1,52 @@
+"""What a module that was read through does, as a chain of its parts.
+
+A norm may be written as a function call inside a module that does more (timm's ``BatchNormAct2d``: ``F.batch_norm``,
+then its ``drop`` and ``act`` modules). If everything after one value of a module's body is a chain of module calls, the
+module can be replaced by that chain without tracing its ``forward`` away.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from normfuse.graph import ModelGraph, ModuleCall, occurrences
+
+
+def tail_after(value: fx.Node, call: ModuleCall, graph: ModelGraph) -> list[str] | None:
+    """Return the names of the modules that turn ``value`` into the output of ``call``, in order.
+
+    Returns:
+        None where anything but a chain of module calls with one argument lies between.
+    """
+    names: list[str] = []
+    while True:
+        if call.single_output and call.outputs == (value,):
+            return names
+        step = _next_module(value, call, graph)
+        if step is None:
+            return None
+        name, value = step
+        names.append(name)
+
+
+def _next_module(value: fx.Node, call: ModuleCall, graph: ModelGraph) -> tuple[str, fx.Node] | None:
+    """Return the one module, called directly by ``call``, that reads ``value``, and what it returns."""
+    units = {unit_of(reader, call) for reader in value.users}
+    if len(units) != 1:
+        return None
+    unit = units.pop()
+    if isinstance(unit, fx.Node):
+        plain = unit.op == "call_module" and occurrences(unit, value) == 1 and len(unit.args) == 1 and not unit.kwargs
+        return (str(unit.target), unit) if plain else None
+    if isinstance(unit, ModuleCall) and unit.inputs == (value,) and unit.single_output and len(unit.outputs) == 1:
+        return unit.name, unit.outputs[0]
+    return None
+
+
+def unit_of(node: fx.Node, call: ModuleCall) -> fx.Node | ModuleCall | None:
+    """Return what ``call`` itself runs that holds ``node``: the node, or the call of a child; None outside of it."""
+    scope = node.meta.get("scope", ())
+    if call not in scope:
+        return None
+    depth = scope.index(call)
+    return node if depth == len(scope) - 1 else scope[depth + 1]

@@ -1,0 +1,182 @@
+"""The only code that edits a module: assign tensors, replace a child, change a class; and do it all again from a log.
+
+Each structural edit is a plain dictionary (an *edit*), so that the structure of a folded model can be rebuilt on a fresh
+one of the same architecture without unpickling code. A replacement module is described by a *spec*:
+
+    {"class": "torch.nn.modules.conv.Conv2d", "kwargs": {...}}   a new module of one of the classes below
+    {"ref": "layer1.0.act"}                                      a module the model has, under its present name
+    {"sequential": [spec, ...]}                                  an nn.Sequential of those
+"""
+
+from __future__ import annotations
+
+import collections
+import copy as copying
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Spec = Mapping[str, Any]
+Edit = dict[str, Any]
+
+IDENTITY: Spec = {"class": "torch.nn.modules.linear.Identity", "kwargs": {}}
+_CONVS = tuple(f"torch.nn.modules.conv.Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))
+BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.modules.linear.Linear",
+                       "torch.nn.modules.sparse.Embedding", "normfuse.layers.deployed.Zero",
+                       "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites"))  # fmt: skip
+
+
+def copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model, also of one that holds computed tensors, which ``copy.deepcopy`` refuses."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copying.deepcopy(model, memo)
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """Return a copy with its own modules that shares every tensor with ``model``; edits on it replace, never write."""
+    memo: dict[int, Any] = {id(t): t for m in model.modules() for t in _tensors_of(m)}
+    return copying.deepcopy(model, memo)
+
+
+def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
+    tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+    return [value for table in tables for value in table.values() if isinstance(value, Tensor)]
+
+
+# tensors
+
+
+def assign(module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers new values by qualified name, cast once to the dtype they have.
+
+    A parameter stays a parameter with its ``requires_grad``, device and memory format; one that is None is created.
+    The old tensor object is replaced, not written, so nothing that shares it changes.
+    """
+    for name, value in tensors.items():
+        owner_name, _, attribute = name.rpartition(".")
+        owner = module_of(owner_name)
+        old = getattr(owner, attribute, None)
+        like = old if isinstance(old, Tensor) else next(iter(owner.parameters(recurse=False)))
+        new = torch.empty_like(like.detach()) if like.shape == value.shape else like.new_empty(value.shape)
+        new.copy_(value)
+        if isinstance(old, Tensor) and attribute in owner._buffers:
+            owner._buffers[attribute] = new
+        else:
+            setattr(owner, attribute, nn.Parameter(new, requires_grad=like.requires_grad))
+
+
+# structure
+
+
+def module_names(root: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return every qualified name of each module, by ``id``; the first is the one nodes use."""
+    names: dict[int, list[str]] = collections.defaultdict(list)
+    for name, module in root.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    return {key: tuple(value) for key, value in names.items()}
+
+
+def perform(root: nn.Module, edit: Edit) -> None:
+    """Carry out one structural edit on a model.
+
+    Raises:
+        ValueError: The edit is of a kind, or builds a class, that is not known.
+    """
+    kinds = {"replace": _replace, "retype": _retype, "materialize": _materialize, "untie": _untie, "drop": _drop}
+    if edit.get("op") not in kinds:
+        raise ValueError(f"unknown edit {edit.get('op')!r}")
+    kinds[edit["op"]](root, edit)
+
+
+def replay(root: nn.Module, edits: Iterable[Edit]) -> None:
+    """Carry out the structural edits of a folded model's manifest on a fresh model of the same architecture."""
+    for edit in edits:
+        perform(root, edit)
+
+
+def build(root: nn.Module, spec: Spec) -> nn.Module:
+    """Return the module that a spec describes.
+
+    Raises:
+        ValueError: The spec names a class that edits do not build.
+    """
+    if "ref" in spec:
+        return root.get_submodule(spec["ref"])
+    if "sequential" in spec:
+        return nn.Sequential(*(build(root, part) for part in spec["sequential"]))
+    if spec["class"] not in BUILDABLE:
+        raise ValueError(f"an edit cannot build {spec['class']!r}")
+    kwargs = {k: build(root, v) if isinstance(v, dict) else _lists_to_tuples(v) for k, v in spec["kwargs"].items()}
+    module = _class(spec["class"])(**kwargs)
+    module.training = False
+    return module
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _replace(root: nn.Module, edit: Edit) -> None:
+    old = root.get_submodule(edit["path"])
+    new = build(root, edit["module"])
+    for tensor in (*old.parameters(), *old.buffers()):
+        if tensor.is_floating_point():
+            _like(new, edit["module"], tensor)
+            break
+    for name in module_names(root)[id(old)]:
+        parent, _, child = name.rpartition(".")
+        owner = root.get_submodule(parent)
+        if isinstance(owner, nn.Sequential | nn.ModuleList) or child in owner._modules:
+            owner._modules[child] = new
+        else:
+            setattr(owner, child, new)
+
+
+def _like(module: nn.Module, spec: Spec, tensor: Tensor) -> None:
+    if "class" in spec:
+        module.to(device=tensor.device, dtype=tensor.dtype)
+    for part, child in zip(spec.get("sequential", ()), module.children(), strict=False):
+        _like(child, part, tensor)
+
+
+def _retype(root: nn.Module, edit: Edit) -> None:
+    if edit["class"] not in BUILDABLE:
+        raise ValueError(f"an edit cannot build {edit['class']!r}")
+    root.get_submodule(edit["path"]).__class__ = _class(edit["class"])
+
+
+def _materialize(root: nn.Module, edit: Edit) -> None:
+    module, name = root.get_submodule(edit["path"]), edit["tensor"]
+    with torch.no_grad():
+        if nn.utils.parametrize.is_parametrized(module, name):
+            nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            return
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "name", None) == name and hasattr(hook, "remove"):
+                hook.remove(module)
+                module._forward_pre_hooks.pop(key, None)
+
+
+def _untie(root: nn.Module, edit: Edit) -> None:
+    owner_name, _, attribute = edit["tensor"].rpartition(".")
+    owner = root.get_submodule(owner_name)
+    old = getattr(owner, attribute)
+    owner._parameters[attribute] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+
+
+def _drop(root: nn.Module, edit: Edit) -> None:
+    """Set a parameter to None: the gain or shift of a norm that moved into its neighbour."""
+    owner_name, _, attribute = edit["tensor"].rpartition(".")
+    root.get_submodule(owner_name).register_parameter(attribute, None)

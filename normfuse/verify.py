@@ -1,0 +1,225 @@
+"""Does the candidate compute what the source computes? Judged against a float64 run of the source.
+
+The source runs three times on each sample: in float64 (the judge), and in the candidate's precision (what rounding
+alone costs there). The candidate, a module or the ``.onnx`` file that was written, runs once. What is compared and
+when it passes is in :mod:`normfuse.comparison`.
+
+A float64 candidate is held to float64 rounding: the source's own error is measured in float32 and scaled by the ratio
+of the two machine epsilons, because the judge and the source are then the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfuse import rerun
+from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
+from normfuse.divergence import first_divergence
+from normfuse.errors import CaptureError, VerificationError
+from normfuse.outputs import Inputs, flatten, input_tensors, named_inputs
+from normfuse.rerun import Samples
+
+_HARD_CODED = "the model does not run in float64: judged against its own precision"
+_LENIENCE = 128.0  # times eps: what float32 rounding may cost where no float64 run measures it
+
+
+@dataclass
+class _Source:
+    """The runs of the source: the judging outputs, and other runs of it with the weight of their error."""
+
+    judge: list[dict[str, Any]]
+    noise: list[tuple[list[dict[str, Any]], float]]
+    precision: str = "float64"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Candidate:
+    """What is being verified: how to run it, its precision, and how to find where it diverges."""
+
+    run: Callable[[Inputs], Any]
+    dtype: torch.dtype | None
+    locate: Callable[[nn.Module, Inputs], str | None]
+    named: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+
+def verify(
+    reference: nn.Module,
+    candidate: nn.Module | str | os.PathLike[str],
+    inputs: Inputs | Samples,
+    *,
+    tolerance: Tolerance | None = None,
+) -> Comparison:
+    """Compare the outputs of a candidate with those of its source, both in eval mode; changes neither.
+
+    Args:
+        reference: The source model.
+        candidate: A module that takes the same inputs, or the path of an ``.onnx`` file.
+        inputs: What both take: a tensor, a tuple of positional or a mapping of keyword arguments; or several of
+            these as :class:`normfuse.rerun.Samples`, which :func:`normfuse.rerun.sample_inputs` makes.
+        tolerance: What to accept; None for what rounding explains (see :mod:`normfuse.comparison`).
+
+    Returns:
+        The verdict with the figures behind it; false if the candidate differs.
+
+    Raises:
+        CaptureError: The source does not run on the inputs.
+        VerificationError: There is nothing to compare: no samples, or no tensor with elements in the output.
+        LoadError: The candidate is a file that cannot be run.
+        MissingDependencyError: The candidate is a file and ONNX Runtime is not installed.
+    """
+    samples = inputs.values if isinstance(inputs, Samples) else (inputs,)
+    if not samples:
+        raise VerificationError("nothing to compare: no inputs given")
+    subject = _module(candidate, reference) if isinstance(candidate, nn.Module) else _file(candidate, reference)
+    own = rerun.main_dtype(reference) or _input_dtype(samples[0])
+    source = _run_source(reference, samples, own, _coarser(own, subject.dtype))
+    found = _run_candidate(subject, samples, source.judge)
+    comparison = _compare(source, found, subject, _coarser(own, subject.dtype), tolerance)
+    if comparison.passed:
+        return comparison
+    return dataclasses.replace(comparison, diverges_at=subject.locate(reference, samples[0]))
+
+
+def _input_dtype(inputs: Inputs) -> torch.dtype:
+    return next((t.dtype for t in input_tensors(inputs) if t.is_floating_point()), torch.float32)
+
+
+def _coarser(own: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    return max(own, other or own, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _named(output: Any) -> dict[str, Any]:
+    return dict(flatten(output))
+
+
+def _run_source(model: nn.Module, samples: Sequence[Inputs], own: torch.dtype, working: torch.dtype) -> _Source:
+    """Run the source in its own precision, in float64, and in the precision that the candidate works in."""
+    twin = rerun.duplicate(model)
+    try:
+        plain = [_named(rerun.run(twin, sample)) for sample in samples]
+    except Exception as error:
+        raise CaptureError(f"the model does not run on these inputs: {_first_line(error)}") from error
+    judge = _in_double(twin, samples)
+    if judge is None:
+        return _Source(plain, [], str(own).removeprefix("torch."), (_HARD_CODED,))
+    noise = [(plain, 1.0)] if working is own else []
+    narrow, weight = (working, 1.0) if working is not torch.float64 else (torch.float32, _ratio())
+    if narrow is not own:
+        again = _try_run(rerun.convert(twin, narrow), samples, narrow)
+        noise += [(again, weight)] if again is not None else []
+    return _Source(judge, noise)
+
+
+def _ratio() -> float:
+    return torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+
+
+def _in_double(twin: nn.Module, samples: Sequence[Inputs]) -> list[dict[str, Any]] | None:
+    """Run in float64, reading narrower types in ``forward`` as float64; plainly if that fails; None if both fail."""
+    try:
+        rerun.convert(twin, torch.float64)
+    except (RuntimeError, TypeError):  # a device or a packed parameter without float64
+        return None
+    judge = _try_run(twin, samples, torch.float64, promote=True)
+    return judge if judge is not None else _try_run(twin, samples, torch.float64)
+
+
+def _try_run(
+    model: nn.Module, samples: Sequence[Inputs], dtype: torch.dtype, *, promote: bool = False
+) -> list[dict[str, Any]] | None:
+    try:
+        return [_named(rerun.run(model, sample, dtype, promote=promote)) for sample in samples]
+    except Exception:  # a forward may fail in any way in a precision it was not written for
+        return None
+
+
+def _module(candidate: nn.Module, reference: nn.Module) -> _Candidate:
+    dtype = rerun.main_dtype(candidate)
+    cast = dtype if dtype is not rerun.main_dtype(reference) else None
+
+    def call(sample: Inputs) -> dict[str, Any]:
+        with rerun.evaluating(candidate):
+            return _named(rerun.run(candidate, sample, cast))
+
+    return _Candidate(call, dtype, lambda source, sample: first_divergence(source, candidate, sample))
+
+
+def _file(path: str | os.PathLike[str], reference: nn.Module) -> _Candidate:
+    # The one look upwards in the package: a file runs in a backend, and backends are optional.
+    from normfuse.lowering import onnxruntime as backend
+
+    artifact = backend.open_artifact(Path(path))
+    return _Candidate(
+        run=lambda sample: artifact.run(named_inputs(reference, sample)),
+        dtype=artifact.dtype,
+        locate=lambda source, sample: backend.first_divergence(source, artifact, sample),
+        named=False,
+        notes=artifact.notes,
+    )
+
+
+def _run_candidate(
+    subject: _Candidate, samples: Sequence[Inputs], judge: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]] | str:
+    """Return the candidate's outputs under the names of the source's, or why they do not correspond."""
+    found: list[dict[str, Any]] = []
+    for sample, expected in zip(samples, judge, strict=True):
+        try:
+            output = subject.run(sample)
+        except Exception as error:
+            return f"the candidate does not run: {_first_line(error)}"
+        if not subject.named and len(output) == len(expected):
+            output = dict(zip(expected, output, strict=True))
+        if not isinstance(output, dict) or output.keys() != expected.keys():
+            return f"the candidate returns {_listing(output)}, expected {_listing(expected)}"
+        found.append(output)
+    return found
+
+
+def _listing(output: Any) -> str:
+    names = ", ".join(list(output)[:8]) if isinstance(output, dict) else ""
+    return f"{len(output)} outputs" + (f" ({names})" if names else "")
+
+
+def _compare(
+    source: _Source,
+    found: list[dict[str, Any]] | str,
+    subject: _Candidate,
+    working: torch.dtype,
+    tolerance: Tolerance | None,
+) -> Comparison:
+    tensors = [name for name, leaf in source.judge[0].items() if isinstance(leaf, Tensor)]
+    if not any(run[name].numel() for run in source.judge for name in tensors if name in run):
+        raise VerificationError("nothing to compare: the model returns no tensor with elements")
+    outputs = [OutputError(name, tolerance.rtol if tolerance else 0.0) for name in tensors]
+    skipped = len(source.judge[0]) - len(tensors)
+    if isinstance(found, str):
+        outputs[0].fault, outputs[0].error, outputs[0].cosine = found, float("inf"), 0.0
+    else:
+        for output in outputs:
+            _gather(output, source, found)
+    eps = torch.finfo(working).eps * (_LENIENCE if source.notes else 1.0)
+    notes = (*source.notes, *subject.notes, *([f"{skipped} outputs that are no tensors not compared"] * bool(skipped)))
+    details = {"judge": source.precision, "dtype": str(working).removeprefix("torch."), "notes": notes}
+    return summarize(outputs, tolerance, eps, inputs=len(source.judge), **details)
+
+
+def _gather(output: OutputError, source: _Source, found: list[dict[str, Any]]) -> None:
+    for index, (judge, new) in enumerate(zip(source.judge, found, strict=True)):
+        noise = [(run[index][output.name], weight) for run, weight in source.noise if output.name in run[index]]
+        output.add(judge[output.name], new[output.name], noise)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

@@ -1,0 +1,11 @@
+"""The passes: one file per pass, and ``PASSES``, from a pass's name to its class."""
+
+from __future__ import annotations
+
+if __name__ != "normfuse.passes":  # one class must never exist twice
+    raise ImportError("import normfuse.passes, not passes")
+
+from normfuse.base import Pass
+from normfuse.passes.fold_bn import FoldBN
+
+PASSES: dict[str, type[Pass]] = {one.name: one for one in (FoldBN,)}

@@ -1,0 +1,120 @@
+"""Imports point one way: a module may import its own level and those below, never above.
+
+Imports under ``if TYPE_CHECKING`` are for checkers and exempt. An import inside a function still counts: it is late,
+not absent.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the bottom up; a folder stands for everything in it.
+LEVELS = (
+    ("errors", "numerics"),
+    ("graph", "affine", "norms", "operations", "base", "report"),
+    ("routes",),
+    ("capture", "surgery", "layers", "adapters", "deploy"),
+    ("passes",),
+    ("pipeline", "verify"),
+    ("lowering", "serialize", "formats"),
+    ("api",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+CLI_MAY = {"api", "report", "errors", "formats", "serialize", "lowering", "verify", "cli"}
+OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "timm", "torchvision", "matplotlib"}
+
+
+def sources() -> dict[str, Path]:
+    """Return every module of the package, by dotted name below ``normfuse``."""
+    files = {p.relative_to(ROOT / "normfuse"): p for p in (ROOT / "normfuse").rglob("*.py")}
+    files |= {Path("passes") / p.relative_to(ROOT / "passes"): p for p in (ROOT / "passes").rglob("*.py")}
+    return {dotted(path): file for path, file in files.items()}
+
+
+def dotted(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, *, late: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield ``(module, late)`` for every import that runs; late ones are inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from ((name, late) for name in targets(node))
+        else:
+            yield from imports(node, late=late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def targets(node: ast.ImportFrom) -> list[str]:
+    """Return the modules of a ``from`` import; ``from normfuse import api`` names a module by its alias."""
+    assert node.module is not None
+    if node.module == "normfuse":
+        return [f"normfuse.{alias.name}" for alias in node.names]
+    return [node.module]
+
+
+def part(module: str) -> str | None:
+    """Return the first component below ``normfuse``, or None where the module is not ours."""
+    names = module.split(".")
+    return names[1] if names[0] == "normfuse" and len(names) > 1 else None
+
+
+SOURCES = sources()
+MODULES = sorted(name for name in SOURCES if name not in ("", "__main__"))
+
+
+def imports_of(name: str) -> list[tuple[str, bool]]:
+    return list(imports(ast.parse(SOURCES[name].read_text())))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_has_a_level(name: str):
+    assert name.split(".")[0] in LEVEL
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str):
+    own = LEVEL[name.split(".")[0]]
+    ours = {p for module, _ in imports_of(name) if (p := part(module))} - {"__version__"}
+    assert {p for p in ours if LEVEL[p] > own} == set()
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("passes")])
+def test_pass_imports_no_other_machinery(name: str):
+    ours = {part(module) for module, _ in imports_of(name)}
+    assert not ours & {"pipeline", "verify", "api", "cli", "lowering", "serialize", "formats"}
+
+
+def test_verify_knows_no_pass():
+    assert not {part(module) for module, _ in imports_of("verify")} & {"passes", "pipeline"}
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("cli")])
+def test_command_line_stays_on_the_surface_and_loads_late(name: str):
+    ours = [(p, late) for module, late in imports_of(name) if (p := part(module)) and p != "__version__"]
+    assert {p for p, _ in ours} <= CLI_MAY
+    assert {p for p, late in ours if not late} <= {"cli", "errors"}
+    assert not {m for m, late in imports_of(name) if not late and m.split(".")[0] in {"torch", "rich", "numpy"}}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_optional_packages_are_imported_late(name: str):
+    early = {module.split(".")[0] for module, late in imports_of(name) if not late}
+    assert not early & OPTIONAL
+
+
+def test_numerics_sees_tensors_not_modules():
+    assert {part(module) for module, _ in imports_of("numerics")} <= {None}
+    assert "torch.nn" not in {module for module, _ in imports_of("numerics")}
