@@ -37,19 +37,22 @@ def main() -> None:
 
         zoo_worker.measure(options.worker, options.record)
         return
-    lines, facts = (options.out.with_suffix(suffix) for suffix in (".jsonl", ".json"))
+    lines, facts = (Path(f"{options.out}{suffix}") for suffix in (".jsonl", ".json"))
     lines.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         lines.unlink(missing_ok=True)
     if not options.summary:
         facts.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         _run_all(_chosen(options.only, _done(lines)), lines, options)
-    options.out.with_suffix(".md").write_text(zoo_summary.markdown(read(lines), json.loads(facts.read_text())), encoding="utf-8")
+    summary = zoo_summary.markdown(read(lines), json.loads(facts.read_text(encoding="utf-8")))
+    Path(f"{options.out}.md").write_text(summary, encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="fold every network of the zoo, beside two peers")
-    parser.add_argument("--only", default="*", help="pattern of network names, such as 'timm/*' (commas separate several)")
+    parser.add_argument(
+        "--only", default="*", help="pattern of network names, such as 'timm/*' (commas separate several)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="networks at the same time (default 2)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds per network (default 300)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "zoo", help="result files, without suffix")
@@ -90,7 +93,9 @@ def _measured(name: str, timeout: float) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "zoo.py"), "--worker", name, "--record", str(record)]
         end, last = "done", ""
         try:
-            ran = subprocess.run(command, timeout=timeout, capture_output=True, text=True, env=_one_thread(), check=False)
+            ran = subprocess.run(
+                command, timeout=timeout, capture_output=True, text=True, env=_one_thread(), check=False
+            )
             if ran.returncode:
                 end, last = f"exit {ran.returncode}", (ran.stderr.strip().splitlines() or [""])[-1][:200]
         except subprocess.TimeoutExpired:

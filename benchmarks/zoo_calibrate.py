@@ -7,7 +7,7 @@ calibrated to what it then produces:
     mean = E[x] + 0.2 sd z      var = E[(x - E x)^2] u,  u in [0.5, 2]
     gain = s g,  g in [0.5, 1.5];  s = -1 for one channel in ten, 1e-3 for one in twenty;   shift = 0.3 z
 
-Every other parameter that is constant (LayerNorm gains, LayerScale, zero-initialized biases and branches) is randomised.
+Every other constant parameter (LayerNorm gains, LayerScale, zero-initialized biases and branches) is randomised.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def calibrate(model: nn.Module, inputs: Any, seed: int) -> None:
         reached = _calibrate_called(model, norms, inputs, generator)
         for norm in norms:
             if norm not in reached:
-                _set(norm, 0.2 * _normal(norm.running_mean, generator), _uniform(norm.running_var, 0.5, 2, generator), generator)
+                like = torch.empty(norm.get_buffer("running_mean").shape, dtype=torch.float64)
+                _set(norm, 0.2 * _normal(like, generator), _uniform(like, 0.5, 2, generator), generator)
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -56,7 +57,9 @@ def randomise_constant(parameter: Tensor, generator: torch.Generator) -> None:
         parameter.copy_(value * (1 + 0.2 * noise))
 
 
-def _calibrate_called(model: nn.Module, norms: list[nn.Module], inputs: Any, generator: torch.Generator) -> set[nn.Module]:
+def _calibrate_called(
+    model: nn.Module, norms: list[nn.Module], inputs: Any, generator: torch.Generator
+) -> set[nn.Module]:
     reached: set[nn.Module] = set()
     handles = [norm.register_forward_pre_hook(_taker(reached, generator)) for norm in norms]
     try:

@@ -58,18 +58,22 @@ class _BatchNormCounter(TorchDispatchMode):
 
 
 def evaluations(model: nn.Module, inputs: Any) -> int:
-    """Return how many batch norms on stored statistics one run evaluates, FrozenBatchNorm modules included."""
-    frozen = [m for m in model.modules() if has_statistics(m) and not isinstance(m, _NormBase)]
-    calls: collections.Counter[nn.Module] = collections.Counter()
-    handles = [m.register_forward_hook(lambda module, _args, _out: calls.update([module])) for m in frozen]
+    """Return how many batch norms on stored statistics one run evaluates, ``FrozenBatchNorm`` modules included."""
+    with _BatchNormCounter() as counter:
+        return frozen_evaluations(model, inputs) + counter.calls
+
+
+def frozen_evaluations(model: nn.Module, inputs: Any) -> int:
+    """Return how many ``FrozenBatchNorm`` modules one run calls: they multiply and add, so no operator shows them."""
+    calls: list[nn.Module] = []
+    frozen = [m for m in model.modules() if has_statistics(m) and type(m).__name__.startswith("Frozen")]
+    handles = [m.register_forward_hook(lambda module, _args, _out: calls.append(module)) for m in frozen]
     try:
-        with _BatchNormCounter() as counter:
-            call(model, inputs)
+        call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    seen_below = sum(n for module, n in calls.items() if _dispatches(module))
-    return counter.calls + sum(calls.values()) - seen_below
+    return len(calls)
 
 
 def adjacent(model: nn.Module, inputs: Any) -> set[str]:
@@ -106,8 +110,3 @@ def _is_norm_by_name(module: nn.Module) -> bool:
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     below = sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in module.parameters(recurse=False))
     return bool(own) and below == 0 and bool(_NAMED_NORM.search(type(module).__name__))
-
-
-def _dispatches(module: nn.Module) -> bool:
-    """Whether a norm outside torch's hierarchy still calls torch's batch norm (FrozenBatchNorm2d multiplies and adds)."""
-    return not type(module).__name__.startswith("Frozen")

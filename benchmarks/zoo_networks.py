@@ -80,13 +80,22 @@ FURTHER_TIMM = (
     # the networks on which the peers failed, and other traps
     *("mixnet_s", "tf_mixnet_s", "mobileone_s0", "ghostnetv3_100", "efficientnet_b0", "tf_efficientnet_b0"),
     *("regnety_002", "regnetz_005", "resnetv2_50", "resnetv2_50d", "coatnet_pico_rw_224", "coatnet_bn_0_rw_224"),
-    *("maxvit_tiny_tf_224", "mobilenetv4_hybrid_medium", "mobilenetv4_conv_small", "levit_conv_128s", "mobilevitv2_050"),
-    *("repvgg_a0", "gernet_s", "resnet51q", "eca_botnext26ts_256", "sebotnet33ts_256", "bat_resnext26ts"),
+    *("maxvit_tiny_tf_224", "mobilenetv4_hybrid_medium", "mobilenetv4_conv_small", "levit_conv_128s"),
+    *(
+        "mobilevitv2_050",
+        "repvgg_a0",
+        "gernet_s",
+        "resnet51q",
+        "eca_botnext26ts_256",
+        "sebotnet33ts_256",
+        "bat_resnext26ts",
+    ),
     *("fastvit_sa12", "test_byobnet", "test_efficientnet", "test_coatnet", "test_maxvit", "test_resnet"),
     # other members of large families
     *("efficientnetv2_rw_t", "tinynet_e", "lcnet_035", "fbnetc_100", "fbnetv3_b", "mnasnet_small", "spnasnet_100"),
     *("mobilenetv3_large_100", "mobilenet_edgetpu_v2_xs", "resnet18d", "resnet50", "resnetblur18", "ecaresnet26t"),
-    *("seresnext26t_32x4d", "res2net50_14w_8s", "skresnext50_32x4d", "cspresnet50", "hgnet_tiny", "dla34", "xception65"),
+    *("seresnext26t_32x4d", "res2net50_14w_8s", "skresnext50_32x4d", "cspresnet50", "hgnet_tiny", "dla34"),
+    *("xception65", "regnetv_040", "resnest26d", "dpn68", "vovnet39a"),
     # weight-standardized convolutions, LayerNorm and GroupNorm only
     *("nf_regnet_b0", "dm_nfnet_f0", "resnetv2_50x1_bit", "convnext_atto", "poolformer_s12", "vit_tiny_patch16_224"),
 )
@@ -189,7 +198,7 @@ def _shapes(name: str, group: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
 
 
 def _frozen() -> Iterator[Network]:
-    """Networks built with ``FrozenBatchNorm2d``, which torchvision uses where a detector fine-tunes a trained backbone."""
+    """Networks built with ``FrozenBatchNorm2d``, which torchvision's detectors use around trained weights."""
     from torchvision import models
     from torchvision.ops import FrozenBatchNorm2d
 

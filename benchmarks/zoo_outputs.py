@@ -36,8 +36,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def results(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Run the network; beside a detector's detections, keep the tensors that no threshold or sorting has touched."""
     kept: dict[str, Any] = {}
-    parts = [(name, part) for name, part in model.named_modules() if name in RAW_PARTS] if isinstance(inputs, list) else []
-    handles = [part.register_forward_hook(_keeper(kept, name)) for name, part in parts]
+    parts = dict(model.named_modules()) if isinstance(inputs, list) else {}
+    handles = [parts[name].register_forward_hook(_keeper(kept, name)) for name in RAW_PARTS if name in parts]
     try:
         kept["output"] = call(model, inputs)
     finally:
@@ -105,7 +105,7 @@ def _perturbed(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for tensor in [*moved.parameters(), *moved.buffers()]:
             if tensor.dtype == torch.float64:
-                sign = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1)
+                sign = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype).mul_(2).sub_(1)
                 tensor.mul_(1 + torch.finfo(tensor.dtype).eps * sign)
     return moved
 

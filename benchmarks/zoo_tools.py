@@ -32,6 +32,7 @@ class Subject:
     expected_others: dict[str, Any]
     limit: float
     adjacent: set[str]
+    frozen: int
 
     def errors(self, candidate: nn.Module) -> dict[str, float]:
         """Return the candidate's difference on the example that a tool saw, and on one that it did not."""
@@ -40,11 +41,14 @@ class Subject:
             "error_second": zoo_outputs.difference(self.expected_others, zoo_outputs.results(candidate, self.others)),
         }
 
-    def judged(self, candidate: nn.Module) -> dict[str, Any]:
-        """Return the errors, ``"status"`` ``"ok"`` or ``"wrong"``, and the batch norms still evaluated."""
+    def judged(self, candidate: nn.Module, unseen: int = 0) -> dict[str, Any]:
+        """Return the errors, ``"status"`` ``"ok"`` or ``"wrong"``, and the batch norms still evaluated.
+
+        ``unseen`` norms are evaluated too, but not counted: a tool that traces a FrozenBatchNorm leaves its arithmetic.
+        """
         errors = self.errors(candidate)
         status = "ok" if max(errors.values()) <= self.limit else "wrong"
-        return {"status": status, **errors, "left": zoo_census.evaluations(candidate, self.inputs)}
+        return {"status": status, **errors, "left": zoo_census.evaluations(candidate, self.inputs) + unseen}
 
 
 def ours(subject: Subject) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def report_counts(report: Any, model: nn.Module, adjacent: set[str]) -> dict[str
         "folded": len(applied & batch),
         "not_folded": tally(outcome for outcome in of_batch if outcome.status.value != "applied"),
         "gains_moved": len(applied - batch),
-        "adjacent_left": {o.subject: str(o.refusal or o.status.value) for o in of_batch if o.subject in adjacent - applied},
+        "adjacent_left": {
+            o.subject: str(o.refusal or o.status.value) for o in of_batch if o.subject in adjacent - applied
+        },
         "missing": sorted(expected - listed.keys()),
         "twice": sorted(name for name, times in listed.items() if times > 1),
         "unknown": sorted(listed.keys() - expected),
@@ -99,7 +105,7 @@ def fx_fuse(subject: Subject) -> dict[str, Any]:
     """Run ``torch.fx.experimental.optimization.fuse``."""
     from torch.fx.experimental.optimization import fuse
 
-    return subject.judged(fuse(copy.deepcopy(subject.model), inplace=True))
+    return subject.judged(fuse(copy.deepcopy(subject.model), inplace=True), subject.frozen)
 
 
 def torchao_fold(subject: Subject) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def torchao_fold(subject: Subject) -> dict[str, Any]:
 
     positional = subject.inputs if isinstance(subject.inputs, tuple) else (subject.inputs,)
     exported = torch.export.export(copy.deepcopy(subject.model), positional).module()
-    return subject.judged(quantize_pt2e.prepare_pt2e(exported, Nothing()))
+    return subject.judged(quantize_pt2e.prepare_pt2e(exported, Nothing()), subject.frozen)
 
 
 def guarded(tool: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import zoo_census
 import zoo_networks
 import zoo_outputs
 import zoo_tools
-from torch import nn
 
 SEED = 20260101
 TOOLS = {"ours": zoo_tools.ours, "fx": zoo_tools.fx_fuse, "torchao": zoo_tools.torchao_fold}
@@ -45,9 +44,15 @@ def prepare(network: zoo_networks.Network) -> tuple[zoo_tools.Subject, dict[str,
     zoo_calibrate.calibrate(model, inputs, SEED)
     expected = zoo_outputs.results(model, inputs)
     noise = zoo_outputs.noise(model, inputs, expected)
-    adjacent = zoo_census.adjacent(model, inputs)
     subject = zoo_tools.Subject(
-        model, inputs, others, expected, zoo_outputs.results(model, others), zoo_outputs.limit(noise), adjacent
+        model=model,
+        inputs=inputs,
+        others=others,
+        expected=expected,
+        expected_others=zoo_outputs.results(model, others),
+        limit=zoo_outputs.limit(noise),
+        adjacent=zoo_census.adjacent(model, inputs),
+        frozen=zoo_census.frozen_evaluations(model, inputs),
     )
     return subject, description(network, subject, noise) | {"wall": round(time.perf_counter() - start, 1)}
 
@@ -74,8 +79,3 @@ def append(record: Path, part: dict[str, Any]) -> None:
     """Append one JSON object as a line, on disk when this returns."""
     with record.open("a", encoding="utf-8") as file:
         file.write(json.dumps(part) + "\n")
-
-
-def mean_size(model: nn.Module) -> int:
-    """Return the bytes that the network's parameters take in float64."""
-    return 8 * sum(p.numel() for p in model.parameters())

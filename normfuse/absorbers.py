@@ -84,6 +84,9 @@ def _occurs_once(node: fx.Node, value: fx.Node) -> bool:
 def _layer(node: fx.Node, module: nn.Module, name: str) -> Absorber | None:
     layer = base_layer(module)
     if layer is None:
+        if isinstance(module, _ConvNd | nn.Linear):
+            text = f"{name} ({type(module).__name__}) has its own forward, which cannot be traced"
+            raise Refused(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
         return None
     if issubclass(layer, _ConvNd) and isinstance(module, _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)

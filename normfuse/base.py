@@ -88,6 +88,7 @@ class Match:
         layer: Class name of the subject, ``"BatchNorm2d"``.
         norm: Whether the subject is a normalization layer.
         partners: Qualified names of the layers that take part, known after ``check`` for the folding passes.
+        absorbed: ``(name, layer)`` of norms that vanish with the subject, where that is not itself a norm.
         payload: What ``check`` worked out for ``apply``, private to the pass.
     """
 
@@ -95,6 +96,7 @@ class Match:
     layer: str
     norm: bool = True
     partners: tuple[str, ...] = ()
+    absorbed: tuple[tuple[str, str], ...] = ()
     payload: Any = field(default=None, compare=False, repr=False)
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
-from normfuse.errors import LoadError
+from normfuse.errors import DeployedModelError, LoadError
 
 MODEL, SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 WEIGHTS, CONSTANTS = "data/weights/", "data/constants/"
@@ -76,6 +77,41 @@ def load_exported_program(path: str | Path, *, trust_pickle: bool = False) -> Ex
     except Exception as error:  # a damaged archive can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LoadError(f"{path}: torch {torch.__version__} cannot read this ExportedProgram ({reason})") from error
+
+
+class BakedMode:
+    """Stands in for ``train`` on the module of an exported program: ``eval()`` works, ``train()`` raises."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Do nothing for eval mode.
+
+        Raises:
+            DeployedModelError: Training was asked for.
+        """
+        if mode:
+            raise DeployedModelError("an ExportedProgram has its mode baked in; train the python model it came from")
+        return self.module
+
+
+def as_module(program: ExportedProgram) -> nn.Module:
+    """Return the program as a module whose ``eval()`` works; torch's own raises."""
+    module = program.module()
+    vars(module).pop("eval", None)
+    vars(module)["train"] = BakedMode(module)
+    return module
+
+
+def example_inputs(program: ExportedProgram) -> tuple[Any, ...] | dict[str, Any] | None:
+    """Return the sample inputs of a program: a tuple, or by name if some are keyword arguments; None if not stored."""
+    args, kwargs = program.example_inputs or ((), {})
+    if not args and not kwargs:
+        return None
+    signature = program.module_call_graph[0].signature
+    names = (signature.forward_arg_names if signature else None) or ()
+    return {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else tuple(args)
 
 
 def rewritten(data: bytes) -> bytes:
@@ -170,10 +206,10 @@ def _check_object(text: str) -> None:
 def _check_expression(text: str) -> None:
     """A symbolic size: it is *evaluated* by torch, so only arithmetic on symbols and numbers may pass."""
     try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+        passed = all(map(_is_arithmetic, ast.walk(ast.parse(text, mode="eval"))))
     except (SyntaxError, ValueError):
-        nodes = [ast.Lambda()]
-    _require(all(map(_is_arithmetic, nodes)), "a symbolic size that is not arithmetic", text)
+        passed = False
+    _require(passed, "a symbolic size that is not arithmetic", text)
 
 
 def _is_arithmetic(node: ast.AST) -> bool:

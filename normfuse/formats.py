@@ -80,9 +80,18 @@ def sniff(path: str | Path) -> Format:
     """
     try:
         with open(path, "rb") as file:
-            return _sniff(file, os.fstat(file.fileno()).st_size)
+            return sniff_stream(file)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror or error}") from error
+
+
+def sniff_stream(file: IO[bytes]) -> Format:
+    """Return what an open file holds; leaves it at its start. See :func:`sniff`."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    found = _sniff(file, size)
+    file.seek(0)
+    return found
 
 
 def _sniff(file: IO[bytes], size: int) -> Format:

@@ -192,7 +192,11 @@ def _is_torch(target: Any) -> bool:
 
 def shape_reads(user: fx.Node, node: fx.Node) -> int:
     """Return how many of a node's occurrences in ``user`` are about its shape or dtype alone."""
+    if user.target is getattr:  # a symbolic capture's x.shape
+        return int(user.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"))
     name = function_name(user)
+    if name in ("size", "dim", "numel", "is_floating_point", "get_device"):
+        return int(user.args[:1] == (node,))
     if name.endswith("_like") or name.startswith("new_"):
         return int(user.args[:1] == (node,))
     return int(name in ("expand_as", "view_as", "reshape_as", "type_as") and user.args[1:2] == (node,))

@@ -164,12 +164,17 @@ def _input(norm: Norm, node: fx.Node) -> fx.Node:
 
 def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
     shape = graph.shape(value)
-    known = len(shape) if shape is not None else ranks(node, graph)
+    known = len(shape) if shape is not None else _rank_of_class(norm, graph) or ranks(node, graph)
     if known is None:
         raise Refused(Reason.RANK_UNKNOWN, f"the rank of the input of {norm.name} is not known", "pass example_inputs")
     if norm.layer.startswith(("InstanceNorm", "instance_norm")) and known < 3:
         raise Refused(Reason.AXIS, f"{norm.name} is called on an unbatched input")
     return known
+
+
+def _rank_of_class(norm: Norm, graph: ModelGraph) -> int | None:
+    module = graph.module(norm.module) if norm.module is not None else None
+    return 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else None
 
 
 def ranks(node: fx.Node, graph: ModelGraph) -> int | None:
@@ -192,14 +197,14 @@ def ranks(node: fx.Node, graph: ModelGraph) -> int | None:
 
 _RANK_OF_LAYER: tuple[tuple[Any, int], ...] = (
     ((nn.Conv1d, nn.ConvTranspose1d, nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d), 3),
-    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d), 4),
+    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d), 4),
     ((nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.ZeroPad2d), 4),
-    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.AvgPool3d, nn.MaxPool3d), 5),
+    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.AvgPool3d, nn.MaxPool3d), 5),
 )
 _RANK_OF_FUNCTION = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "avg_pool2d": 4, "max_pool2d": 4}
 _KEEP_RANK = (nn.Linear, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh)
 _KEEP_RANK = (*_KEEP_RANK, nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ELU, nn.Dropout, nn.Dropout2d)
-_KEEP_RANK_FUNCTIONS = frozenset("relu gelu silu dropout contiguous add mul sigmoid tanh batch_norm linear".split())
+_KEEP_RANK_FUNCTIONS = frozenset("cat relu gelu silu dropout contiguous add mul sigmoid tanh batch_norm linear".split())
 
 
 def norm_nodes(graph: ModelGraph) -> Iterator[Norm]:

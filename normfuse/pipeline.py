@@ -121,8 +121,9 @@ def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _R
     refusal = None if isinstance(answer, Match) else answer
     partners = answer.partners if isinstance(answer, Match) else match.partners
     status = Status.APPLIED if done else Status.REFUSED
-    outcome = Outcome(one.name, status, name, match.layer, match.norm, partners, refusal)
-    state.outcomes[name, match.norm] = outcome
+    state.outcomes[name, match.norm] = Outcome(one.name, status, name, match.layer, match.norm, partners, refusal)
+    for norm, layer in answer.absorbed if isinstance(answer, Match) else ():
+        state.outcomes[norm, True] = Outcome(one.name, status, norm, layer, True, (name,))
 
 
 def _report(inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...]) -> Report:

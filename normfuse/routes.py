@@ -157,7 +157,7 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
         hint = "pass example_inputs"
         raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced, callers may be unseen", hint)
     for node in plan.passed:
-        _require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
+        require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
     tensors: dict[str, Tensor] = {}
     for (absorber, side), calls in plan.maps.items():
         _require_own(absorber, calls, graph)
@@ -202,7 +202,7 @@ def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
             raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise Refused(Reason.UNINITIALIZED, f"{owner} has no values yet", "run the model once")
-    _require_no_hooks(owner, graph)
+    require_no_hooks(owner, graph)
     tensor = graph.tensor(absorber.weight)
     if tensor.is_quantized:
         raise Refused(Reason.QUANTIZED, f"{absorber.weight} is quantized", "fold before quantizing")
@@ -210,7 +210,7 @@ def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
         raise Refused(Reason.DTYPE, f"{absorber.weight} is {tensor.dtype}")
 
 
-def _require_no_hooks(name: str | None, graph: ModelGraph) -> None:
+def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
     if name is None:
         return
     module = graph.module(name)

@@ -50,3 +50,36 @@ def unit_of(node: fx.Node, call: ModuleCall) -> fx.Node | ModuleCall | None:
         return None
     depth = scope.index(call)
     return node if depth == len(scope) - 1 else scope[depth + 1]
+
+
+def head_before(value: fx.Node, call: ModuleCall, readers: list[fx.Node]) -> list[str] | None:
+    """Return the names of the modules that turn the one input of ``call`` into ``value``, in order.
+
+    Args:
+        value: The last value of the chain; nothing but ``readers`` may read it, unless it is the input itself.
+        call: The module call.
+        readers: Nodes of the call.
+
+    Returns:
+        None where anything but a chain of module calls lies between, or something else reads a value of it.
+    """
+    names: list[str] = []
+    allowed: set[fx.Node | ModuleCall | None] = {unit_of(reader, call) for reader in readers}
+    while call.inputs != (value,):
+        unit = unit_of(value, call)
+        source = _only_input(unit, value)
+        if source is None or {unit_of(user, call) for user in value.users} - allowed:
+            return None
+        names.insert(0, unit.name if isinstance(unit, ModuleCall) else str(unit.target))  # type: ignore[union-attr]
+        value, allowed = source, {unit}
+    return names
+
+
+def _only_input(unit: fx.Node | ModuleCall | None, value: fx.Node) -> fx.Node | None:
+    """Return the one value from which a module call makes ``value`` alone."""
+    if isinstance(unit, ModuleCall):
+        single = unit.outputs == (value,) and unit.single_output and len(unit.inputs) == 1
+        return unit.inputs[0] if single else None
+    if unit is None or unit.op != "call_module" or len(unit.all_input_nodes) != 1:
+        return None
+    return unit.all_input_nodes[0]

@@ -1,8 +1,9 @@
 """State dicts as they are found in files, and how to put one into a model strictly.
 
 Training scripts nest the state dict in a checkpoint (under ``state_dict``, ``model``, ``ema``) and wrappers prefix its
-keys (``module.``, ``_orig_mod.``). Both are undone here, and said. A folded model lacks some tensors of its architecture
-and has others (a convolution gains a bias); :func:`fit` creates and removes them by name before the strict load.
+keys (``module.``, ``_orig_mod.``). Both are undone here, and said. A folded model lacks some tensors of its
+architecture and has others (a convolution gains a bias); :func:`fit` creates and removes them by name before the strict
+load.
 """
 
 from __future__ import annotations

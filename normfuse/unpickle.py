@@ -20,7 +20,7 @@ import types
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from normfuse.allowed_globals import HOOKS, calls_anything, resolve, resolve_named_by_user
 from normfuse.errors import LoadError
-from normfuse.formats import Format, is_data, legacy_globals, sniff
+from normfuse.formats import Format, is_data, legacy_globals, sniff_stream
 from normfuse.stand_ins import PartialRecord, StandIns
 
 WAYS_OUT = (
@@ -50,35 +50,44 @@ def unpickle(path: str | Path, *, allow_globals: Sequence[str] = (), trust_pickl
     Raises:
         LoadError: The file is damaged, or asks for names that are not allowed; the text lists them and the ways out.
     """
+    with open(path, "rb") as file:
+        return unpickle_stream(file, path, allow_globals=allow_globals, trust_pickle=trust_pickle)
+
+
+def unpickle_stream(
+    file: IO[bytes], source: str | Path, *, allow_globals: Sequence[str] = (), trust_pickle: bool = False
+) -> Any:
+    """Do the same with an open file; ``source`` names it in errors. See :func:`unpickle`."""
     if trust_pickle:
-        return _load(path, weights_only=False)
-    wanted = unsafe_globals(path)
+        return _load(file, source, weights_only=False)
+    wanted = unsafe_globals(file, source)
     allowed = {name: resolve(name) for name in wanted} | {name: resolve_named_by_user(name) for name in allow_globals}
-    refused = sorted(name for name in wanted if allowed[name] is None)
+    refused = [name for name in wanted if allowed[name] is None]
     if refused:
-        raise LoadError(refusal(path, refused))
+        raise LoadError(refusal(source, refused))
     stand_ins = StandIns()
     with safe_globals(list(stand_ins.entries(allowed))):
-        loaded = _load(path, weights_only=True)
+        loaded = _load(file, source, weights_only=True)
     loaded = stand_ins.restore(loaded)
     for module in stand_ins.modules:
-        _check_module(module, path)
+        _check_module(module, source)
     return loaded
 
 
-def unsafe_globals(path: str | Path) -> list[str]:
-    """Return the names that the file asks for and that are not plain tensor data; executes nothing.
+def unsafe_globals(file: IO[bytes], source: str | Path) -> list[str]:
+    """Return, sorted, the names that an open file asks for and that are not tensor data; executes nothing.
 
     Raises:
         LoadError: The pickle in the file cannot be read.
     """
     try:
-        if sniff(path) is Format.LEGACY:
-            with open(path, "rb") as file:
-                return sorted(name for name in legacy_globals(file) if not is_data(name))
-        return sorted(set(get_unsafe_globals_in_checkpoint(path)) - {"functools.partial"})
-    except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, UnicodeDecodeError, IndexError) as error:
-        raise LoadError(f"{path}: cannot be read safely ({_last_line(error)}); {WAYS_OUT}") from error
+        if sniff_stream(file) is Format.LEGACY:
+            return sorted(name for name in legacy_globals(file) if not is_data(name))
+        return sorted(set(get_unsafe_globals_in_checkpoint(file)) - {"functools.partial"})  # type: ignore[arg-type]
+    except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, IndexError) as error:
+        raise LoadError(f"{source}: cannot be read safely ({_last_line(error)}); {WAYS_OUT}") from error
+    finally:
+        file.seek(0)
 
 
 def refusal(path: str | Path, names: Iterable[str]) -> str:
@@ -93,13 +102,13 @@ def refusal(path: str | Path, names: Iterable[str]) -> str:
     )
 
 
-def _load(path: str | Path, *, weights_only: bool) -> Any:
+def _load(file: IO[bytes], source: str | Path, *, weights_only: bool) -> Any:
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old storages and protocols: not the user's to act on
             return torch.load(file, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise LoadError(_failure(path, error, weights_only)) from error
+        raise LoadError(_failure(source, error, weights_only)) from error
 
 
 def _failure(path: str | Path, error: Exception, weights_only: bool) -> str:

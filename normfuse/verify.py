@@ -11,6 +11,7 @@ of the two machine epsilons, because the judge and the source are then the same 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from normfuse import rerun
 from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
-from normfuse.errors import CaptureError, VerificationError
+from normfuse.errors import CaptureError, LoadError, VerificationError
 from normfuse.outputs import Inputs, flatten, input_tensors, named_inputs
 from normfuse.rerun import Samples
 
+# What opens a written file, by extension. Named, not imported: backends are optional and stand above this module.
+BACKENDS = {".onnx": "normfuse.lowering.onnxruntime"}
 _HARD_CODED = "the model does not run in float64: judged against its own precision"
 _LENIENCE = 128.0  # times eps: what float32 rounding may cost where no float64 run measures it
 
@@ -155,9 +158,10 @@ def _module(candidate: nn.Module, reference: nn.Module) -> _Candidate:
 
 
 def _file(path: str | os.PathLike[str], reference: nn.Module) -> _Candidate:
-    # The one look upwards in the package: a file runs in a backend, and backends are optional.
-    from normfuse.lowering import onnxruntime as backend
-
+    home = BACKENDS.get(Path(path).suffix.lower())
+    if home is None:
+        raise LoadError(f"cannot verify {os.fspath(path)}: not one of {', '.join(BACKENDS)}")
+    backend = importlib.import_module(home)
     artifact = backend.open_artifact(Path(path))
     return _Candidate(
         run=lambda sample: artifact.run(named_inputs(reference, sample)),

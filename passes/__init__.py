@@ -7,5 +7,6 @@ if __name__ != "normfuse.passes":  # one class must never exist twice
 
 from normfuse.base import Pass
 from normfuse.passes.fold_bn import FoldBN
+from normfuse.passes.merge_branches import MergeBranches
 
-PASSES: dict[str, type[Pass]] = {one.name: one for one in (FoldBN,)}
+PASSES: dict[str, type[Pass]] = {one.name: one for one in (FoldBN, MergeBranches)}

@@ -36,7 +36,7 @@ def record(model: nn.Module, example_inputs: Inputs) -> ModelGraph:
     Raises:
         CaptureError: The model raised an exception on these inputs.
     """
-    training = _training_inside_eval(model)
+    training = training_inside_eval(model)
     args, kwargs = as_call(example_inputs)
     recorder = _Recorder(model)
     with eval_mode(model), torch.no_grad():
@@ -55,7 +55,7 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if type(inputs) is tuple else (inputs,)), {}
 
 
-def _training_inside_eval(model: nn.Module) -> frozenset[str]:
+def training_inside_eval(model: nn.Module) -> frozenset[str]:
     return frozenset() if model.training else frozenset(n for n, m in model.named_modules() if m.training)
 
 

@@ -1,11 +1,192 @@
-"""Read a model without an input, by symbolic tracing; placeholder during bring-up."""
+"""Read a model without an input, by symbolic tracing.
+
+Where the whole model cannot be traced, each child is traced on its own, and each child of one that fails, down to the
+leaves; the parts stand side by side in one graph. A caller outside a part is not seen then, so the capture is *partial*
+and passes that cannot be undone refuse it.
+"""
+
 from __future__ import annotations
 
-from torch import nn
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from normfuse.capture.leaves import is_leaf
+from normfuse.capture.modes import eval_mode
+from normfuse.capture.recorded import opaque, training_inside_eval
 from normfuse.errors import CaptureError
-from normfuse.graph import ModelGraph
+from normfuse.graph import ModelGraph, ModuleCall, named_tensors
+from normfuse.surgery import module_names
 
 
 def trace(model: nn.Module) -> ModelGraph:
-    raise CaptureError("todo")
+    """Trace ``model``, or every part of it that can be traced, in eval mode.
+
+    Raises:
+        CaptureError: No part of it can be traced.
+    """
+    names = _Names(model)
+    training = training_inside_eval(model)
+    with eval_mode(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tracer = _trace_part(model, names)
+        except Exception as error:
+            parts = _trace_children(model, names)
+            if not parts:
+                text = f"no part of the model can be traced ({_first_line(error)}); pass example_inputs"
+                raise CaptureError(text) from error
+            return _side_by_side(model, parts, training)
+    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=training)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class _Names:
+    """Qualified names, in the whole model, of its modules and tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = {key: names[0] for key, names in module_names(model).items()}
+        self.tensor = {id(tensor): name for name, tensor in reversed(list(named_tensors(model)))}
+
+
+class _Tracer(fx.Tracer):
+    """Traces through every module that is not a leaf, and notes which module call each node stems from."""
+
+    def __init__(self, names: _Names) -> None:
+        super().__init__(autowrap_functions=())
+        self.names = names
+        self.calls: list[ModuleCall] = []
+        self.stack: tuple[ModuleCall, ...] = ()
+        self.untraceable: dict[int, bool] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """A torch layer, or a subclass of one whose own ``forward`` cannot be traced."""
+        return is_leaf(m) or (isinstance(m, _ConvNd | nn.Linear | _NormBase) and self._is_untraceable(m))
+
+    def _is_untraceable(self, module: nn.Module) -> bool:
+        if id(module) not in self.untraceable:
+            self.untraceable[id(module)] = not _can_trace(module, self.names)
+        return self.untraceable[id(module)]
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Return the name in the whole model, whichever part is traced."""
+        if id(mod) not in self.names.module:
+            raise NameError("module is not installed as a submodule")
+        return self.names.module[id(mod)]
+
+    def create_arg(self, a: Any) -> Any:
+        """Name a tensor of the model; any other constant is opaque, and not stored on the user's model."""
+        if isinstance(a, Tensor):
+            name = self.names.tensor.get(id(a))
+            return self.create_node("call_function", opaque, (), {}) if name is None else self._get_attr(name, a)
+        return super().create_arg(a)
+
+    def _get_attr(self, name: str, tensor: Tensor) -> fx.Node:
+        node = self.create_node("get_attr", name, (), {})
+        node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
+        return node
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node that knows the module calls it stands in."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["scope"] = self.stack
+        return node
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a leaf as one node, and read through any other module."""
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return self.create_proxy("call_module", name, args, kwargs)
+        entry = ModuleCall(name, inputs=_nodes((args, kwargs)))
+        self.calls.append(entry)
+        outer, self.stack = self.stack, (*self.stack, entry)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self.stack = outer
+        entry.outputs, entry.single_output = _nodes(result), isinstance(result, fx.Proxy)
+        return result
+
+
+def _nodes(value: Any) -> tuple[fx.Node, ...]:
+    found: list[fx.Node] = []
+    fx.node.map_aggregate(value, lambda item: found.append(item.node) if isinstance(item, fx.Proxy) else None)
+    return tuple(found)
+
+
+def _trace_part(module: nn.Module, names: _Names) -> _Tracer:
+    """Trace one module with its optional arguments left at their defaults."""
+    tracer = _Tracer(names)
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    with _attributes_kept(module):
+        tracer.trace(module, concrete_args=defaults or None)
+    return tracer
+
+
+@contextlib.contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a traced ``forward`` stored on its modules: it would be proxies of the trace."""
+    kept = [(child, dict(vars(child))) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, attributes in kept:
+            vars(child).clear()
+            vars(child).update(attributes)
+
+
+def _can_trace(module: nn.Module, names: _Names) -> bool:
+    try:
+        _trace_part(module, names)
+    except Exception:
+        return False
+    return True
+
+
+def _trace_children(module: nn.Module, names: _Names) -> dict[str, _Tracer]:
+    """Return the traces of the largest traceable descendants, by name."""
+    parts: dict[str, _Tracer] = {}
+    for child in module.children():
+        if is_leaf(child):
+            continue
+        try:
+            parts[names.module[id(child)]] = _trace_part(child, names)
+        except Exception:
+            parts.update(_trace_children(child, names))
+    return parts
+
+
+def _side_by_side(model: nn.Module, parts: dict[str, _Tracer], training: frozenset[str]) -> ModelGraph:
+    graph, calls = fx.Graph(), []
+    for tracer in parts.values():
+        copied = _append(graph, tracer.graph)
+        for call in tracer.calls:
+            call.inputs = tuple(copied[node] for node in call.inputs)
+            call.outputs = tuple(copied[node] for node in call.outputs)
+            calls.append(call)
+    return ModelGraph(model, graph, calls=calls, partial=tuple(parts), training=training)
+
+
+def _append(graph: fx.Graph, part: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Copy a part's nodes; its inputs come from, and its output goes to, where nobody looks."""
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in part.nodes:
+        if node.op == "placeholder":
+            copied[node] = graph.create_node("call_function", opaque, (), {})
+        elif node.op == "output":
+            copied[node] = graph.create_node("call_function", opaque, fx.map_arg(node.args, copied.__getitem__), {})
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+        copied[node].meta = dict(node.meta)
+    return copied

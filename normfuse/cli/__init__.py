@@ -60,7 +60,7 @@ def one_line(error: click.ClickException) -> str:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 verification failed, 2 usage, 3 requirement unmet, 4 input refused, 5 backend missing.",
+    epilog="Exit: 0 done, 1 verification failed, 2 usage, 3 requirement unmet, 4 input refused, 5 backend missing.",
 )
 @click.version_option(normfuse.__version__, prog_name="normfuse")
 def main() -> None:

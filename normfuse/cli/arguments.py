@@ -113,17 +113,24 @@ model_argument = click.argument("model")
 
 loading_options = options(
     click.option("--arch", metavar="SPEC", help="timm:NAME, torchvision:NAME or package.module:factory."),
-    click.option("--arch-kwargs", "arch_kwargs", type=KeyValueType(), multiple=True, help="Argument of the architecture."),
+    click.option("--arch-kwargs", "arch_kwargs", type=KeyValueType(), multiple=True, help="Argument for --arch."),
     click.option("--weights", type=FILE, help="Checkpoint to load into an architecture given as MODEL."),
     click.option("--allow-global", "allow_globals", multiple=True, metavar="NAME", help="Class the file may use."),
-    click.option("--trust-pickle", is_flag=True, help="Load any pickle. Runs code from the file: only if you trust it."),
+    click.option("--trust-pickle", is_flag=True, help="Load any pickle: runs code from it, so trust its source."),
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]", help="Where to run."),
     click.option("--seed", default=0, show_default=True, help="Seed of random weights and inputs."),
 )
 
+shape_option = click.option(
+    "--input-shape",
+    "input_shapes",
+    type=ShapeType(),
+    multiple=True,
+    help="name:1x3x224x224 or 1,3,224,224; random values are made.",
+)
 input_options = options(
     click.option("--input", "input_file", type=FILE, help="Example input as .npz or .npy."),
-    click.option("--input-shape", "input_shapes", type=ShapeType(), multiple=True, help="name:1x3x224x224 or 1,3,224,224."),
+    shape_option,
 )
 
 folding_options = options(
@@ -133,20 +140,20 @@ folding_options = options(
     click.option("--require-fold", is_flag=True, help="Exit with 3 if a norm that runs is left."),
 )
 
-checking_options = options(
-    click.option("--no-verify", is_flag=True, help="Do not compare the result with the source."),
-    click.option("--num-inputs", type=click.IntRange(min=1), default=8, show_default=True, help="Inputs to compare on."),
+verify_option = click.option("--no-verify", is_flag=True, help="Do not compare the result with the source.")
+count_option = click.option(
+    "--num-inputs", type=click.IntRange(min=1), default=8, show_default=True, help="How many inputs to compare on."
+)
+tolerance_options = options(
     click.option("--rtol", type=click.FloatRange(min=0), help="Accept this difference, relative to the element."),
     click.option("--atol", type=click.FloatRange(min=0), help="Accept this difference."),
 )
 
-writing_options = options(
-    click.option("-o", "--output", type=FILE, help="Where to write; beside the input if not given."),
-    click.option("--force", is_flag=True, help="Overwrite files that exist."),
-)
+output_option = click.option("-o", "--output", type=FILE, help="Where to write; beside the input if not given.")
 
 output_options = options(
     click.option("--json", "json_file", metavar="FILE|-", help="Write the report as JSON; - for standard output."),
+    click.option("--force", is_flag=True, help="Overwrite files that exist."),
     click.option("-v", "--verbose", count=True, help="Every norm, the log, and stack traces of errors."),
     click.option("-q", "--quiet", is_flag=True, help="Only errors."),
     click.option("--no-color", is_flag=True, help="No colour; NO_COLOR does the same."),

@@ -13,13 +13,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
 from normfuse import errors
 from normfuse.cli.arguments import Check, Request
-from normfuse.cli.output import Output
+from normfuse.cli.output import Output, require_free
 
 EXIT_CODES: dict[type[errors.NormfuseError], int] = {
     errors.VerificationError: 1,
@@ -44,7 +45,9 @@ class Command(click.Command):
         verbose, quiet = ctx.params.pop("verbose", 0), ctx.params.pop("quiet", False)
         destination, no_color = ctx.params.pop("json_file", None), ctx.params.pop("no_color", False)
         out = Output(sys.stdout, command=ctx.info_name or "", json_file=destination, quiet=quiet, no_color=no_color)
-        out.verbose = verbose > 0
+        out.verbose, out.force = verbose > 0, ctx.params.pop("force", False)
+        if destination not in (None, "-"):
+            require_free(Path(destination), force=out.force)
         ctx.params["out"] = out
         _pack(ctx.params, "request", Request)
         _pack(ctx.params, "check", Check)
@@ -66,9 +69,15 @@ def _pack(params: dict[str, Any], name: str, kind: type[Any]) -> None:
 
 def failure(error: errors.NormfuseError) -> click.ClickException:
     """Return the error as click prints it, with its exit code."""
-    shown = click.ClickException(str(error))
-    shown.exit_code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
-    return shown
+    return Failure(str(error), next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1))
+
+
+class Failure(click.ClickException):
+    """An error with an exit code of its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        vars(self)["exit_code"] = exit_code  # click has one code for each class
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def resolve(
             raise CaptureError(f"the model does not run on {describe(model, inputs)} ({example.origin}): {problem}")
         tried.append(describe(model, inputs))
     guesses = f" ({', '.join(dict.fromkeys(tried))} do not run)" if tried else ""
-    raise CaptureError(f"no input is known for this model{guesses}: pass --input-shape, such as 1x3x224x224, or --input")
+    raise CaptureError(f"no input is known for this model{guesses}: pass --input-shape 1x3x224x224 or --input FILE")
 
 
 def _candidates(
@@ -134,6 +134,21 @@ def from_shapes(shapes: Sequence[NamedShape], names: Sequence[str], make: Callab
     if unknown or len(given) != len(shapes):
         raise click.UsageError(f"--input-shape: the inputs of this model are {', '.join(names)}; name each or none")
     return {str(shape.name): make(shape.shape) for shape in shapes}
+
+
+def from_specification(model: nn.Module, specification: Any) -> Inputs | None:
+    """Return inputs as a manifest describes them (see :func:`specification`); None if it does not, or wrongly."""
+    import torch
+
+    names, make, made = list(_parameters(model)), _maker(model), {}
+    try:
+        for entry in specification or ():
+            made[entry["name"]] = make(tuple(entry["shape"])).to(getattr(torch, entry["dtype"]))
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        return None
+    if not made or not set(made) <= set(names):
+        return None
+    return tuple(made.values()) if list(made) == names[: len(made)] else made
 
 
 def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -226,9 +241,8 @@ def _first_line(error: BaseException) -> str:
 
 def describe(model: nn.Module, inputs: Inputs) -> str:
     """Return inputs for people: ``"x:1x3x224x224 float32"``."""
-    return ", ".join(
-        f"{entry['name']}:{'x'.join(map(str, entry['shape']))} {entry['dtype']}" for entry in specification(model, inputs)
-    )
+    entries = specification(model, inputs)
+    return ", ".join(f"{entry['name']}:{'x'.join(map(str, entry['shape']))} {entry['dtype']}" for entry in entries)
 
 
 def specification(model: nn.Module, inputs: Inputs) -> list[dict[str, Any]]:

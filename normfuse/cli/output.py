@@ -1,4 +1,4 @@
-"""Results on standard output, progress on standard error, JSON where asked for; and files that are never half-written."""
+"""Results on standard output, progress on standard error, JSON where asked for; no file is ever half-written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import IO, Any
 import click
 
 import normfuse
-from normfuse.errors import RequirementError
 
 SCHEMA_VERSION = 1
 STYLES = {"applied": "green", "refused": "yellow", "unmatched": "cyan", "not reached": "dim"}
@@ -26,14 +25,22 @@ class Output:
     Attributes:
         document: The JSON document; commands fill in its keys, which are added to but never renamed.
         verbose: Whether to list what is usually summed up.
+        force: Whether files may be overwritten.
     """
 
     def __init__(
-        self, stream: IO[str], *, command: str, json_file: str | None = None, quiet: bool = False, no_color: bool = False
+        self,
+        stream: IO[str],
+        *,
+        command: str,
+        json_file: str | None = None,
+        quiet: bool = False,
+        no_color: bool = False,
     ) -> None:
         self.stream = stream
         self.json_file = json_file
         self.verbose = False
+        self.force = False
         self.quiet = quiet
         self.no_color = no_color or bool(os.environ.get("NO_COLOR"))
         self.document: dict[str, Any] = {
@@ -51,25 +58,23 @@ class Output:
         }
 
     def rows(self, rows: Sequence[tuple[str, ...]], *, style: str = "bold") -> None:
-        """Print rows in aligned columns; the first column is set in ``style``, or by its word."""
+        """Print rows in aligned columns; the first is set in ``style``, or in the colour of its status."""
         from rich.table import Table
         from rich.text import Text
 
         table = Table.grid(padding=(0, 2), pad_edge=False)
         for first, *rest in rows:
-            table.add_row(Text(first, style=STYLES.get(first, style)), *(Text(cell) for cell in rest))
+            table.add_row(Text(first, style=STYLES.get(first.strip(), style)), *(Text(cell) for cell in rest))
         self._print(table)
 
-    def line(self, text: str) -> None:
-        """Print one line."""
-        from rich.text import Text
-
-        self._print(Text(text))
+    def field(self, label: str, text: str) -> None:
+        """Print one line under its label."""
+        self.rows([(f"  {label:<9}", text)])
 
     def note(self, text: str) -> None:
         """Record something the user should know, and print it."""
         self.document["notes"].append(text)
-        self.rows([("  note", text)])
+        self.field("note", text)
 
     def _print(self, renderable: Any) -> None:
         if self.quiet or self.json_file == "-":
@@ -106,11 +111,17 @@ class Output:
         else:
             write_text(Path(self.json_file), text)
 
-    def fail_unless(self, condition: bool, error: Exception) -> None:
-        """Write the JSON document and raise ``error``, unless all is well."""
-        if not condition:
-            self.finish()
-            raise error
+
+def require_free(path: Path, *, force: bool) -> None:
+    """Refuse a destination before any work is done.
+
+    Raises:
+        click.UsageError: The file exists and ``force`` is not given, or its folder does not exist.
+    """
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} exists; --force overwrites it")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"there is no folder {path.parent}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,18 +136,6 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def require_free(path: Path, *, force: bool) -> None:
-    """Refuse a destination before any work is done.
-
-    Raises:
-        click.UsageError: The file exists and ``force`` is not given, or its folder does not exist.
-    """
-    if path.exists() and not force:
-        raise click.UsageError(f"{path} exists; --force overwrites it, -o FILE writes elsewhere")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"there is no folder {path.parent}")
-
-
 def size(path: Path) -> str:
     """Return the size of a file for people: ``"44.6 MB"``."""
     count = float(path.stat().st_size)
@@ -145,15 +144,3 @@ def size(path: Path) -> str:
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-
-
-def require_all_folded(report: Any) -> None:
-    """Raise if a norm that runs is left.
-
-    Raises:
-        RequirementError: Some are; the text names the first ones.
-    """
-    left = [o for o in report.norms if o.status.name in ("REFUSED", "UNMATCHED")]
-    if left:
-        names = ", ".join(o.subject for o in left[:3]) + (", ..." if len(left) > 3 else "")
-        raise RequirementError(f"--require-fold: {len(left)} of {len(report.norms)} norms are left ({names})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class Source:
         arch: The architecture, where one was given or the file names it.
         path: The file, if any.
         stored: The example inputs that the file holds, if any.
+        manifest: What the file says about how it was made, if normfuse wrote it.
         notes: What the user should know about how it was loaded.
     """
 
@@ -41,6 +43,7 @@ class Source:
     arch: str | None = None
     path: Path | None = None
     stored: Inputs | None = None
+    manifest: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     def describe(self, example: inputs.Example) -> dict[str, Any]:
@@ -139,7 +142,19 @@ def _read(request: Request) -> Source:
         allow_globals=request.allow_globals,
         trust_pickle=request.trust_pickle,
     )
-    return Source(path.stem, loaded.model, loaded.format.value, arch=arch or loaded.arch, path=path, notes=[*loaded.notes])
+    stored = loaded.example_inputs
+    if stored is None and loaded.manifest:
+        stored = inputs.from_specification(loaded.model, loaded.manifest.get("inputs"))
+    return Source(
+        path.stem,
+        loaded.model,
+        loaded.format.value,
+        arch=loaded.arch,
+        path=path,
+        stored=stored,
+        manifest=loaded.manifest,
+        notes=[*loaded.notes],
+    )
 
 
 def _check_finite(source: Source) -> None:
@@ -165,12 +180,17 @@ def example_for(source: Source, request: Request, out: Output) -> inputs.Example
     out.document["environment"] = environment(request.device)
     out.document["model"] = source.describe(example)
     count = out.document["model"]["parameters"]
-    out.rows([("  model", f"{source.name}  {count / 1e6:.1f} M params  input {inputs.describe(source.model, example.inputs)}")])
+    shapes = inputs.describe(source.model, example.inputs)
+    out.field("model", f"{source.name}  {_millions(count)} params  input {shapes}")
     if example.assumed:
         out.note(f"the input is an assumption ({example.origin}): --input-shape says otherwise")
     for text in source.notes:
         out.note(text)
     return example
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count}"
 
 
 def file_entry(path: Path | None) -> dict[str, Any]:

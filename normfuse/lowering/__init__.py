@@ -96,8 +96,8 @@ def export(
         path: The file. It appears, or replaces an earlier one, only when everything succeeded.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
         fold_bn: False folds nothing and keeps BatchNormalization nodes in the file.
-        fold: What folds: given the model, returns a result with ``model`` and ``report`` and leaves its argument
-            alone. None runs all exact passes.
+        fold: What folds before the model is written: given the model, it returns a result with ``model`` and
+            ``report`` and leaves its argument alone. None leaves folding to the exporter, as for a folded model.
         dynamic_axes: Axes of any size; see :func:`normfuse.lowering.onnx.export_onnx`.
         opset: The version of the ONNX operators; None takes the exporter's.
         precision: The floating-point type of the file.
@@ -111,7 +111,7 @@ def export(
         MissingDependencyError: onnx, onnxscript or, to verify, onnxruntime is not installed.
     """
     _require_backend(path)
-    result = (fold or _all_exact(example_inputs))(model) if fold_bn else None
+    result = fold(model) if fold and fold_bn else None
     options = {"dynamic_axes": dynamic_axes, "opset": opset, "fold_bn": fold_bn, "precision": precision}
     if verify and result and precision != "fp32":  # so much rounding would hide a defect of the fold
         _require_equal(compare(model, result.model, example_inputs), "the folded model")
@@ -139,9 +139,3 @@ def _longer_batch(model: nn.Module, inputs: Inputs, dynamic_axes: DynamicAxes | 
         return []
     args = {name: torch.cat([value, value[:1]]) if name in grow else value for name, value in named.items()}
     return [args]
-
-
-def _all_exact(example_inputs: Inputs) -> Callable[[nn.Module], Result]:
-    from normfuse import api  # the passes are chosen above this layer; callers there give ``fold`` instead
-
-    return lambda model: api.apply(model, api.EXACT_PASSES, example_inputs=example_inputs)

@@ -191,9 +191,11 @@ def _export(
 
 
 def _evaluate_constants(program: torch.onnx.ONNXProgram) -> None:
+    import onnx_ir.passes.common
     import onnxscript
 
     onnxscript.optimizer.fold_constants(program.model)
+    onnx_ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
     onnxscript.optimizer.remove_unused_nodes(program.model)
 
 

@@ -21,7 +21,7 @@ from normfuse.report import Outcome, Status
 
 PASS_NAME = "fold-bn"
 LAYER = "BatchNormalization"
-VAGUE = (Reason.NO_PRODUCER, Reason.OPAQUE_OPERATION, Reason.SIGN)  # the other direction's reason may tell more
+VAGUE = (Reason.OPAQUE_OPERATION, Reason.SIGN)  # the other direction's reason may tell more
 
 
 def fold_norms(model: ir.Model, include: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Outcome, ...]:
@@ -76,10 +76,11 @@ def _walk(route: Route, node: ir.Node, m: ChannelMap, forwards: bool) -> None:
 
 def _clearer(backwards: Refusal, forwards: Refusal) -> Refusal:
     """Return the refusal that tells more, with the other direction's in its detail."""
-    first, second = backwards, forwards
-    told = [reason for reason in VAGUE if backwards.reason is not Reason.NO_PRODUCER]
-    if backwards.reason in VAGUE and forwards.reason not in (*told, Reason.EXTRA_CONSUMER):
-        first, second = forwards, backwards
+    if backwards.reason is Reason.NO_PRODUCER:
+        swap = forwards.reason is not Reason.EXTRA_CONSUMER
+    else:
+        swap = backwards.reason in VAGUE and forwards.reason not in (*VAGUE, Reason.EXTRA_CONSUMER)
+    first, second = (forwards, backwards) if swap else (backwards, forwards)
     return Refusal(first.reason, f"{first.detail}; the other way, {second.detail}", first.hint)
 
 

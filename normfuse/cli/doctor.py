@@ -1,0 +1,78 @@
+"""``normfuse doctor``: versions, devices, and which parts work here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import click
+
+import normfuse
+from normfuse.cli import arguments, source
+from normfuse.cli.command import Command
+from normfuse.cli.output import Output
+
+PARTS = {
+    "onnx": ("onnx", "normfuse[onnx]", "writes and folds ONNX files"),
+    "onnxscript": ("onnxscript", "normfuse[onnx]", "writes ONNX files"),
+    "onnx-ir": ("onnx_ir", "normfuse[onnx]", "folds ONNX files"),
+    "onnxruntime": ("onnxruntime", "normfuse[onnx]", "runs and verifies ONNX files"),
+    "torchvision": ("torchvision", "normfuse[zoo]", "torchvision:NAME, and pickled torchvision models"),
+    "timm": ("timm", "normfuse[zoo]", "timm:NAME, and pickled timm models"),
+}
+
+
+@click.command("doctor", cls=Command, short_help="Versions, devices, and what works here.")
+@arguments.output_options
+def command(out: Output) -> None:
+    """Show versions and devices, and which parts work on this machine and why not."""
+    import torch
+
+    out.document["environment"] = source.environment()
+    parts = {name: _part(*known) for name, known in PARTS.items()}
+    out.document |= {"parts": parts, "devices": _devices()}
+    out.rows(
+        [
+            ("  normfuse", normfuse.__version__, ""),
+            ("  python", platform.python_version(), platform.platform()),
+            ("  torch", torch.__version__, f"{torch.get_num_threads()} threads on {', '.join(_devices())}"),
+            *((f"  {name}", part["version"] or "missing", part["detail"]) for name, part in parts.items()),
+            ("  engines", "missing", "TensorRT engines are not available in this version"),
+        ]
+    )
+    out.finish()
+
+
+def _devices() -> list[str]:
+    import torch
+
+    cards = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *cards]
+
+
+def _part(module: str, extra: str, purpose: str) -> dict[str, Any]:
+    """Return whether a package can be imported, not merely found, and the command that helps if not."""
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError as error:
+        reason = f" ({error})" if importlib.util.find_spec(module) else ""
+        return {"works": False, "version": None, "detail": f"{purpose}: pip install '{extra}'{reason}"}
+    except Exception as error:  # a package may be broken in any way
+        return {"works": False, "version": None, "detail": f"{purpose}: broken: {error}"}
+    return {"works": True, "version": _version(module, loaded), "detail": f"{purpose}{_providers(module, loaded)}"}
+
+
+def _version(module: str, loaded: Any) -> str:
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(loaded, "__version__", "unknown"))
+
+
+def _providers(module: str, loaded: Any) -> str:
+    if module != "onnxruntime":
+        return ""
+    return f" on {', '.join(loaded.get_available_providers())}"
