@@ -5,14 +5,14 @@ come in an order that ties decide, so they are compared as sets: each detection 
 side, both ways (Hausdorff distance), with the boxes in units of the image.
 
 The noise of a network is what rounding alone does to its result: the same comparison after every stored number was
-moved by one unit in the last place, up or down, the larger of two draws.
+moved by one unit in the last place, up or down; one draw for each of two inputs, the larger difference.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,12 +86,17 @@ def finite(result: Mapping[str, Any]) -> bool:
     return all(v.isfinite().all().item() for v in values) and any(v.any().item() for v in values)
 
 
-def noise(model: nn.Module, inputs: Any, reference: Mapping[str, Any], draws: int = 2) -> float:
-    """Return what one unit in the last place of every stored number does to the result; see the module docstring."""
-    worst = 0.0
-    for seed in range(draws):
-        worst = max(worst, difference(reference, results(_perturbed(model, seed), inputs)))
-    return worst
+def noise(model: nn.Module, examples: Sequence[tuple[Any, Mapping[str, Any]]]) -> float:
+    """Return what one unit in the last place of every stored number does to the results; see the module docstring.
+
+    Args:
+        model: The network, in float64.
+        examples: Pairs of inputs and the result that the network returns for them; each gets a draw of its own.
+    """
+    return max(
+        difference(expected, results(_perturbed(model, seed), inputs))
+        for seed, (inputs, expected) in enumerate(examples)
+    )
 
 
 def limit(measured_noise: float) -> float:

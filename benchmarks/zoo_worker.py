@@ -42,14 +42,14 @@ def prepare(network: zoo_networks.Network) -> tuple[zoo_tools.Subject, dict[str,
     model = network.build().double().eval()
     inputs, others = network.inputs(SEED), network.inputs(SEED + 1)
     zoo_calibrate.calibrate(model, inputs, SEED)
-    expected = zoo_outputs.results(model, inputs)
-    noise = zoo_outputs.noise(model, inputs, expected)
+    expected, expected_others = zoo_outputs.results(model, inputs), zoo_outputs.results(model, others)
+    noise = zoo_outputs.noise(model, ((inputs, expected), (others, expected_others)))
     subject = zoo_tools.Subject(
         model=model,
         inputs=inputs,
         others=others,
         expected=expected,
-        expected_others=zoo_outputs.results(model, others),
+        expected_others=expected_others,
         limit=zoo_outputs.limit(noise),
         adjacent=zoo_census.adjacent(model, inputs),
         frozen=zoo_census.frozen_evaluations(model, inputs),

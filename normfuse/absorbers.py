@@ -74,6 +74,8 @@ def input_side(node: fx.Node, value: fx.Node, graph: ModelGraph) -> Absorber | N
     module = graph.module_of(node)
     absorber = _function(node, graph) if module is None else _layer(node, module, str(node.target))
     first = node.args[0] if node.args else node.kwargs.get("input")
+    if absorber is None or absorber.kind not in ("conv", "linear"):
+        return None
     return absorber if first is value and _occurs_once(node, value) else None
 
 

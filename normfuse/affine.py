@@ -52,6 +52,16 @@ class AffineMap:
         """Return the map that applies ``inner`` first and this one second."""
         return AffineMap(self.scale * inner.scale, self.scale * inner.shift + self.shift)
 
+    def inverse(self) -> AffineMap:
+        """Return the map that undoes this one.
+
+        Raises:
+            Refused: A scale is zero.
+        """
+        if bool((self.scale == 0).any()):
+            raise Refused(Reason.SIGN, "a scale of the map is zero, so no pad value becomes what it should")
+        return AffineMap(1 / self.scale, -self.shift / self.scale)
+
     def only_scale(self) -> AffineMap:
         """Return the map without its shift."""
         return AffineMap(self.scale, torch.zeros_like(self.shift))

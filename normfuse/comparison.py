@@ -17,7 +17,8 @@ With a tolerance the candidate passes when every element has
 
 An allowance over a tenth of ``max|r|`` would let anything pass: such a source (a detector that sorts boxes by nearly
 equal scores) cannot be judged at that precision, and the comparison fails and says so, unless the candidate repeats
-the source's own run to the last bit. Integer outputs must equal those of one of the two runs of the source. NaN never passes.
+the source's own run to the last bit. Integer outputs must equal those of one of the two runs of the source. NaN and
+overflow never pass.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class OutputError:
         for run, weight in runs:
             own = float(_difference(judge, run).max()) * weight
             self.noise = max(self.noise, own if math.isfinite(own) else 0.0)
-        if not any(torch.equal(run, new) for run, _ in runs):
+        if not any(torch.equal(run, new) for run, _ in runs) or not bool(difference.isfinite().all()):
             self.unexplained = max(self.unexplained, float(difference.max()))
         self._add_similarity(judge, new)
 

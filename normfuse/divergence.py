@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from normfuse import deploy, rerun
-from normfuse.outputs import Inputs, input_tensors
+from normfuse.graph import Inputs
+from normfuse.outputs import input_tensors
 
 Call = tuple[str, int]  # a layer by name, and which of its calls
 

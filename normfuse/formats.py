@@ -109,7 +109,8 @@ def _sniff(file: IO[bytes], size: int) -> Format:
 def _sniff_zip(file: IO[bytes]) -> Format:
     try:
         with zipfile.ZipFile(file) as archive:
-            return _sniff_archive(archive)
+            first = min((entry.header_offset for entry in archive.infolist()), default=0)
+            return _sniff_archive(archive) if first == 0 else Format.TRUNCATED  # else: a zip inside a cut-off zip
     except (zipfile.BadZipFile, EOFError, ValueError):
         return Format.TRUNCATED
 

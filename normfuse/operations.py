@@ -75,7 +75,8 @@ def describe(node: fx.Node, graph: ModelGraph) -> Operation:
     """Return what a node does, in the one vocabulary."""
     inputs = tuple(node.all_input_nodes)
     if node.meta.get("removed"):
-        return Operation("identity", inputs[:1], {}, f"{node.name}, a folded norm")
+        value = [source for source in inputs if not graph.is_constant(source)]
+        return Operation("identity", tuple(value[:1]), {}, f"{node.name}, a folded norm")
     if node.op == "call_module":
         return _of_layer(node, graph, inputs)
     plain = function_name(node)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+from normfuse.graph import Inputs
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfuse import surgery
-from normfuse.outputs import Inputs, arguments, map_tensors
+from normfuse.graph import Inputs
+from normfuse.outputs import arguments, map_tensors
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -26,7 +27,7 @@ _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 @dataclass(frozen=True)
 class Samples:
-    """Several inputs for one model, each as :data:`normfuse.outputs.Inputs`."""
+    """Several inputs for one model, each as :data:`normfuse.graph.Inputs`."""
 
     values: tuple[Inputs, ...]
 

@@ -8,31 +8,35 @@ each of its calls, and turns them into new tensors if every call of every absorb
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.padding import _ConstantPadNd
 
 from normfuse import absorbers, gather, rules
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
-from normfuse.base import Reason, Refused
+from normfuse.base import Reason, Refusal, Refused
 from normfuse.graph import ModelGraph, occurrences
 from normfuse.operations import describe
+from normfuse.surgery import Edit
 
 Side = Literal["output", "input"]
 
 
 @dataclass(slots=True)
 class Plan:
-    """Which absorbers take which maps, call by call, and the nodes the route passes."""
+    """Which absorbers take which maps, call by call, the nodes the route passes, and what it makes of
+    the constants of pads."""
 
     maps: dict[tuple[Absorber, Side], dict[fx.Node, AffineMap]] = field(default_factory=dict)
     passed: list[fx.Node] = field(default_factory=list)
+    pads: dict[fx.Node, AffineMap] = field(default_factory=dict)
 
     def copy(self) -> Plan:
         """Return a plan that can grow on its own."""
-        return Plan({key: dict(calls) for key, calls in self.maps.items()}, list(self.passed))
+        return Plan({key: dict(calls) for key, calls in self.maps.items()}, list(self.passed), dict(self.pads))
 
     def add(self, absorber: Absorber, side: Side, node: fx.Node, m: AffineMap) -> None:
         """Let one call of an absorber take a map, after what it already takes."""
@@ -78,6 +82,8 @@ class Router:
     def _through(self, value: fx.Node, wanted: AffineMap, plan: Plan) -> Plan:
         operation = describe(value, self.graph)
         refused: Refused | None = None
+        if self._pads_by_channel(value, wanted, plan):
+            return self.backward(operation.inputs[0], wanted, value, _with_pad(plan, value, wanted))
         for way in rules.backward(value, operation, wanted, self.graph):
             try:
                 grown = plan.copy()
@@ -89,6 +95,14 @@ class Router:
                 refused = refused or error
         assert refused is not None
         raise refused
+
+    def _pads_by_channel(self, node: fx.Node, m: AffineMap, plan: Plan) -> bool:
+        """Whether a constant pad layer can pad with what the map makes of its constant, channel by channel."""
+        layer = self.graph.module_of(node)
+        if not isinstance(layer, _ConstantPadNd) or len(self.graph.call_sites(str(node.target))) > 1:
+            return False
+        m.require_constant(tuple(axis for axis in range(m.rank) if axis != 1), f"{node.target}")
+        return m.has_shift or layer.value != 0
 
     def _require_sole(self, value: fx.Node, reader: fx.Node) -> None:
         readers = self.graph.consumers(value)
@@ -134,6 +148,8 @@ class Router:
             return grown
         if occurrences(reader, value) != 1:
             raise Refused(Reason.OPAQUE_OPERATION, f"{_name(reader)} reads {_name(value)} more than once")
+        if self._pads_by_channel(reader, given, plan):
+            return self.forward(reader, given, _with_pad(plan, reader, given.inverse()))
         operation = describe(reader, self.graph)
         grown = plan.copy()
         grown.passed.append(reader)
@@ -144,6 +160,28 @@ class Router:
             if picks:
                 return grown
         return self.forward(reader, rules.forward(reader, operation, value, given, self.graph), grown)
+
+
+def _with_pad(plan: Plan, node: fx.Node, m: AffineMap) -> Plan:
+    grown = plan.copy()
+    grown.passed.append(node)
+    grown.pads[node] = m
+    return grown
+
+
+def pad_edits(plan: Plan, graph: ModelGraph) -> tuple[list[Edit], dict[str, Tensor]]:
+    """Return the edits that make the plan's pads pad by channel, and their values, to be assigned afterwards."""
+    edits: list[Edit] = []
+    values: dict[str, Tensor] = {}
+    for node, m in plan.pads.items():
+        name = str(node.target)
+        layer: Any = graph.module(name)
+        value = (m.scale * layer.value + m.shift).reshape(-1)
+        kwargs = {"padding": list(layer.padding), "channels": value.numel()}
+        spec = {"class": "normfuse.layers.deployed.ChannelPad", "kwargs": kwargs}
+        edits.append({"op": "replace", "path": name, "module": spec})
+        values[f"{name}.value"] = value
+    return edits, values
 
 
 def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
@@ -211,6 +249,11 @@ def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
 
 
 def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
+    """Refuse a module, if one is named, whose hooks would see other values after a rewrite.
+
+    Raises:
+        Refused: It has one.
+    """
     if name is None:
         return
     module = graph.module(name)
@@ -227,6 +270,18 @@ def _require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
     if not bool(torch.isfinite(value.to(like.dtype)).all()):
         largest = float(value.abs().max())
         raise Refused(Reason.RANGE, f"{name} would reach {largest:.3g}, beyond {like.dtype}", "fold in float32")
+
+
+_SEARCH_ENDED = (Reason.OPAQUE_OPERATION, Reason.EXTRA_CONSUMER, Reason.NO_PRODUCER, Reason.SIGN)
+
+
+def joined(back: Refusal, ahead: Refusal) -> Refused:
+    """One refusal of the two directions: the reason of the route that came closest, the details of both."""
+    if back == ahead:
+        return Refused(back.reason, back.detail, back.hint)
+    closest = ahead if back.reason in _SEARCH_ENDED and ahead.reason not in _SEARCH_ENDED else back
+    detail = f"backwards, {back.detail}; forwards, {ahead.detail}"
+    return Refused(closest.reason, detail, closest.hint)
 
 
 def _name(node: fx.Node) -> str:

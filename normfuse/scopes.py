@@ -7,6 +7,8 @@ module can be replaced by that chain without tracing its ``forward`` away.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from normfuse.graph import ModelGraph, ModuleCall, occurrences
@@ -27,6 +29,23 @@ def tail_after(value: fx.Node, call: ModuleCall, graph: ModelGraph) -> list[str]
             return None
         name, value = step
         names.append(name)
+
+
+def common_tail(nodes: Iterable[fx.Node], module: str, graph: ModelGraph) -> list[str] | None:
+    """Return the chain of modules that a module becomes if its operation ``nodes``, one per call, are taken out.
+
+    Returns:
+        None where a call does anything else, before or after, or the calls differ.
+    """
+    tails = [_tail_of_call(node, module, graph) for node in nodes]
+    return tails[0] if tails and all(tail == tails[0] for tail in tails) else None
+
+
+def _tail_of_call(node: fx.Node, module: str, graph: ModelGraph) -> list[str] | None:
+    call = next((c for c in reversed(node.meta.get("scope", ())) if c.name == module), None)
+    if call is None or call.inputs != tuple(n for n in node.all_input_nodes if not graph.is_constant(n)):
+        return None
+    return tail_after(node, call, graph)
 
 
 def _next_module(value: fx.Node, call: ModuleCall, graph: ModelGraph) -> tuple[str, fx.Node] | None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 Spec = Mapping[str, Any]
 Edit = dict[str, Any]
@@ -26,7 +28,8 @@ IDENTITY: Spec = {"class": "torch.nn.modules.linear.Identity", "kwargs": {}}
 _CONVS = tuple(f"torch.nn.modules.conv.Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))
 BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.modules.linear.Linear",
                        "torch.nn.modules.sparse.Embedding", "normfuse.layers.deployed.Zero",
-                       "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites"))  # fmt: skip
+                       "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites",
+                       "timm.layers.conv2d_same.Conv2dSame"))  # fmt: skip
 
 
 def copy(model: nn.Module) -> nn.Module:
@@ -89,10 +92,9 @@ def perform(root: nn.Module, edit: Edit) -> None:
     Raises:
         ValueError: The edit is of a kind, or builds a class, that is not known.
     """
-    kinds = {"replace": _replace, "retype": _retype, "materialize": _materialize, "untie": _untie, "drop": _drop}
-    if edit.get("op") not in kinds:
+    if edit.get("op") not in _EDITS:
         raise ValueError(f"unknown edit {edit.get('op')!r}")
-    kinds[edit["op"]](root, edit)
+    _EDITS[edit["op"]](root, edit)
 
 
 def replay(root: nn.Module, edits: Iterable[Edit]) -> None:
@@ -131,7 +133,7 @@ def _class(path: str) -> Any:
 def _replace(root: nn.Module, edit: Edit) -> None:
     old = root.get_submodule(edit["path"])
     new = build(root, edit["module"])
-    for tensor in (*old.parameters(), *old.buffers()):
+    for tensor in (*old.parameters(), *old.buffers(), *root.parameters()):
         if tensor.is_floating_point():
             _like(new, edit["module"], tensor)
             break
@@ -158,15 +160,39 @@ def _retype(root: nn.Module, edit: Edit) -> None:
 
 
 def _materialize(root: nn.Module, edit: Edit) -> None:
+    """Make a tensor that is computed from others plain, with its present value."""
     module, name = root.get_submodule(edit["path"]), edit["tensor"]
-    with torch.no_grad():
-        if nn.utils.parametrize.is_parametrized(module, name):
-            nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-            return
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "name", None) == name and hasattr(hook, "remove"):
-                hook.remove(module)
-                module._forward_pre_hooks.pop(key, None)
+    if nn.utils.parametrize.is_parametrized(module, name):
+        _remove_parametrizations(module, name)
+    else:
+        _remove_weight_hook(module, name)
+    setattr(module, name, getattr(module, name))  # a recurrent layer keeps a second list of its weights
+
+
+def _remove_parametrizations(module: Any, name: str) -> None:
+    held = module.parametrizations[name]
+    if held.is_tensor:  # torch would write into the original, which others may share
+        old = held.original
+        new = old.detach().clone()
+        held.original = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    with torch.enable_grad():  # torch asks whether the value requires a gradient
+        nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def weight_hook(module: nn.Module, name: str) -> WeightNorm | SpectralNorm | None:
+    """Return the hook by which ``torch.nn.utils.weight_norm`` or ``spectral_norm`` computes a tensor of a module."""
+    hooks = module._forward_pre_hooks.values()
+    return next((h for h in hooks if isinstance(h, WeightNorm | SpectralNorm) and h.name == name), None)
+
+
+def _remove_weight_hook(module: nn.Module, name: str) -> None:
+    hook = weight_hook(module, name)
+    if hook is None:
+        raise ValueError(f"{type(module).__name__}.{name} is not computed from other tensors")
+    source = getattr(module, f"{name}_g" if isinstance(hook, WeightNorm) else f"{name}_orig")
+    remove = nn.utils.remove_weight_norm if isinstance(hook, WeightNorm) else nn.utils.remove_spectral_norm
+    remove(module, name)
+    getattr(module, name).requires_grad_(source.requires_grad)
 
 
 def _untie(root: nn.Module, edit: Edit) -> None:
@@ -180,3 +206,20 @@ def _drop(root: nn.Module, edit: Edit) -> None:
     """Set a parameter to None: the gain or shift of a norm that moved into its neighbour."""
     owner_name, _, attribute = edit["tensor"].rpartition(".")
     root.get_submodule(owner_name).register_parameter(attribute, None)
+
+
+def _count_calls(root: nn.Module, edit: Edit) -> None:
+    from normfuse.layers.deployed import reset_calls
+
+    if reset_calls not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(reset_calls)
+
+
+_EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
+    "replace": _replace,
+    "retype": _retype,
+    "materialize": _materialize,
+    "untie": _untie,
+    "drop": _drop,
+    "count_calls": _count_calls,
+}

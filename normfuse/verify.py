@@ -25,7 +25,8 @@ from normfuse import rerun
 from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
 from normfuse.errors import CaptureError, LoadError, VerificationError
-from normfuse.outputs import Inputs, flatten, input_tensors, named_inputs
+from normfuse.graph import Inputs
+from normfuse.outputs import flatten, input_tensors, named_inputs
 from normfuse.rerun import Samples
 
 # What opens a written file, by extension. Named, not imported: backends are optional and stand above this module.

@@ -6,7 +6,8 @@ if __name__ != "normfuse.passes":  # one class must never exist twice
     raise ImportError("import normfuse.passes, not passes")
 
 from normfuse.base import Pass
+from normfuse.passes.duplicate_shared import DuplicateShared
 from normfuse.passes.fold_bn import FoldBN
 from normfuse.passes.merge_branches import MergeBranches
 
-PASSES: dict[str, type[Pass]] = {one.name: one for one in (FoldBN, MergeBranches)}
+PASSES: dict[str, type[Pass]] = {one.name: one for one in (DuplicateShared, FoldBN, MergeBranches)}

@@ -11,6 +11,7 @@ Backwards is tried first, then forwards. The norm is replaced by ``nn.Identity``
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +23,8 @@ from normfuse import adapters, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.graph import ModelGraph
 from normfuse.norms import Norm
-from normfuse.routes import Plan, Router, finish
-from normfuse.scopes import tail_after
+from normfuse.routes import Plan, Router, finish, pad_edits, joined, require_no_hooks
+from normfuse.scopes import common_tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class _Fold:
     norm: Norm
     tensors: dict[str, Tensor]
     edits: list[surgery.Edit]
+    pads: dict[str, Tensor]
 
 
 class FoldBN(Pass):
@@ -50,12 +52,13 @@ class FoldBN(Pass):
         """Find a route, backwards or else forwards, and work out the new tensors."""
         norm: Norm = match.payload
         try:
-            _require_no_hooks(norm, graph)
+            require_no_hooks(norm.module, graph)
             plan, tensors = _find(norm, graph)
             edits, neutral = _removal(norm, graph)
         except Refused as refused:
             return refused.refusal
-        return replace(match, partners=plan.partners, payload=_Fold(norm, tensors | neutral, edits))
+        pads, values = pad_edits(plan, graph)
+        return replace(match, partners=plan.partners, payload=_Fold(norm, tensors | neutral, [*pads, *edits], values))
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Assign the new tensors and remove the norm."""
@@ -63,14 +66,9 @@ class FoldBN(Pass):
         graph.assign(fold.tensors)
         for edit in fold.edits:
             graph.perform(edit)
+        graph.assign(fold.pads)
         for node in fold.norm.nodes:
             graph.remove(node)
-
-
-def _require_no_hooks(norm: Norm, graph: ModelGraph) -> None:
-    module = graph.module(norm.module) if norm.module is not None else None
-    if module is not None and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
-        raise Refused(Reason.HAS_HOOKS, f"a hook on {norm.name} would no longer see it", "remove it first")
 
 
 def _find(norm: Norm, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:
@@ -78,13 +76,25 @@ def _find(norm: Norm, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:
     refusals = []
     for direction in (_backward, _forward):
         try:
-            plan = Plan()
-            for node in norm.nodes:
-                plan = direction(norm, node, graph, plan)
+            plan = _plan(direction, norm, graph)
             return plan, finish(plan, graph)
         except Refused as refused:
             refusals.append(refused.refusal)
-    raise _joined(*refusals)
+    raise joined(*refusals)
+
+
+def search(norm: Norm, graph: ModelGraph) -> Iterator[Plan]:
+    """Yield the plans that take the map of every call of a norm, backwards and forwards, whether or not legal."""
+    for direction in (_backward, _forward):
+        with contextlib.suppress(Refused):
+            yield _plan(direction, norm, graph)
+
+
+def _plan(direction: Callable[[Norm, fx.Node, ModelGraph, Plan], Plan], norm: Norm, graph: ModelGraph) -> Plan:
+    plan = Plan()
+    for node in norm.nodes:
+        plan = direction(norm, node, graph, plan)
+    return plan
 
 
 def _backward(norm: Norm, node: fx.Node, graph: ModelGraph, plan: Plan) -> Plan:
@@ -97,40 +107,18 @@ def _forward(norm: Norm, node: fx.Node, graph: ModelGraph, plan: Plan) -> Plan:
     return Router(graph).forward(node, m, plan)
 
 
-_SEARCH_ENDED = (Reason.OPAQUE_OPERATION, Reason.EXTRA_CONSUMER, Reason.NO_PRODUCER, Reason.SIGN)
-
-
-def _joined(back: Refusal, ahead: Refusal) -> Refused:
-    """One refusal of the two directions: the reason of the route that came closest, the details of both."""
-    if back == ahead:
-        return Refused(back.reason, back.detail, back.hint)
-    closest = ahead if back.reason in _SEARCH_ENDED and ahead.reason not in _SEARCH_ENDED else back
-    detail = f"backwards, {back.detail}; forwards, {ahead.detail}"
-    return Refused(closest.reason, detail, closest.hint)
-
-
 def _removal(norm: Norm, graph: ModelGraph) -> tuple[list[surgery.Edit], dict[str, Tensor]]:
     """Return the edits that take a folded norm out of its model, or the tensors that make its call an identity."""
     if norm.module is not None:
         module = graph.module(norm.module)
         known = adapters.frozen(module) if adapters.is_known(module) else None
-        tail = _function_tail(norm, graph) if norm.nodes[0].op != "call_module" else list(known.tail if known else ())
+        tail: list[str] | None = list(known.tail) if known else []
+        if norm.nodes[0].op != "call_module":
+            tail = common_tail(norm.nodes, norm.module, graph)
         if tail is not None:
             names = tail if not known else [f"{norm.module}.{name}" for name in tail]
             return [{"op": "replace", "path": norm.module, "module": _chain(names)}], {}
     return [], _neutral(norm, graph)
-
-
-def _function_tail(norm: Norm, graph: ModelGraph) -> list[str] | None:
-    tails = [_tail_of_call(norm, node, graph) for node in norm.nodes]
-    return tails[0] if all(tail == tails[0] for tail in tails) else None
-
-
-def _tail_of_call(norm: Norm, node: fx.Node, graph: ModelGraph) -> list[str] | None:
-    call = next((c for c in reversed(node.meta.get("scope", ())) if c.name == norm.module), None)
-    if call is None or call.inputs != (node.args[0],):
-        return None
-    return tail_after(node, call, graph)
 
 
 def _chain(names: list[str]) -> surgery.Spec:

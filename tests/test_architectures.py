@@ -94,7 +94,7 @@ def test_no_such_module() -> None:
 def test_zoo(source: str) -> None:
     pytest.importorskip(source)
     model = build(f"{source}:resnet18", {"num_classes": 3})
-    assert model.get_submodule("fc").weight.shape[0] == 3
+    assert model.get_parameter("fc.weight").shape[0] == 3
     with pytest.raises(LoadError, match=r"did you mean .*resnet18"):
         build(f"{source}:resnet_18")
 

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from normfuse.errors import LoweringError, MissingDependencyError, VerificationError
+from normfuse.graph import Inputs
 from normfuse.lowering.onnx import DynamicAxes, OnnxInfo, Precision, export_onnx, parse_axes
 from normfuse.lowering.staging import staged
-from normfuse.outputs import Inputs, named_inputs
+from normfuse.outputs import named_inputs
 from normfuse.rerun import Samples, sample_inputs
 from normfuse.verify import verify as compare
 

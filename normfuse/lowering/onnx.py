@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from normfuse import __version__, deploy, ranges, rerun
 from normfuse.errors import LoweringError, MissingDependencyError
+from normfuse.graph import Inputs
 from normfuse.lowering import graphs
 from normfuse.lowering.staging import staged
-from normfuse.outputs import Inputs, arguments, named_inputs
+from normfuse.outputs import arguments, named_inputs
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DynamicAxes = Iterable[str] | Mapping[str, Iterable[int] | Mapping[int, str]]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from normfuse import divergence
 from normfuse.errors import LoadError, LoweringError, MissingDependencyError
+from normfuse.graph import Inputs
 from normfuse.lowering import graphs
-from normfuse.outputs import Inputs, input_tensors
+from normfuse.outputs import input_tensors
 
 if TYPE_CHECKING:
     import onnx

@@ -1,0 +1,67 @@
+"""Layers that stand only in folded models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelPad(nn.Module):
+    """Pad the trailing axes of ``(N, C, *)`` with one constant per channel.
+
+    What a constant pad becomes when a shift moves through it.
+
+    Args:
+        padding: As for ``torch.nn.functional.pad``, last axis first.
+        channels: C. The values are the buffer ``value``, ``(C,)``.
+    """
+
+    value: Tensor
+
+    def __init__(self, padding: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.padding = tuple(padding)
+        self.register_buffer("value", torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` of shape ``(N, C, *)``, padded."""
+        value = self.value.reshape(-1, *[1] * (x.dim() - 2))
+        border = nn.functional.pad(torch.zeros_like(x[:1, :1]), self.padding, value=1.0)
+        return nn.functional.pad(x, self.padding) + border * value
+
+    def extra_repr(self) -> str:
+        """Show the padding."""
+        return f"padding={self.padding}, channels={self.value.numel()}"
+
+
+class CallSites(nn.Module):
+    """One layer that a model calls several times per run, as so many layers, one for each call.
+
+    The calls are counted from the start of each run of the model; :func:`reset_calls`, a forward pre-hook of the model,
+    sets the count back.
+
+    Args:
+        module: The layer; it serves the first call.
+        copies: Number of calls per run.
+    """
+
+    def __init__(self, module: nn.Module, copies: int) -> None:
+        super().__init__()
+        self.sites = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(copies - 1))])
+        self.turn = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer whose turn it is."""
+        site = self.sites[self.turn]
+        self.turn = (self.turn + 1) % len(self.sites)
+        return site(*args, **kwargs)
+
+
+def reset_calls(model: nn.Module, args: object) -> None:
+    """Forward pre-hook: let every :class:`CallSites` of ``model`` start with its first layer."""
+    for module in model.modules():
+        if isinstance(module, CallSites):
+            module.turn = 0
