@@ -141,7 +141,18 @@ def _on_parameters(
 
 
 def _attention(node: fx.Node, value: fx.Node) -> Absorber | None:
-    order = ("query", "key", "value", "embed_dim", "heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "zero")
+    order = (
+        "query",
+        "key",
+        "value",
+        "embed_dim",
+        "heads",
+        "in_proj_weight",
+        "in_proj_bias",
+        "bias_k",
+        "bias_v",
+        "zero",
+    )
     args = _bound(node, order)
     weight, bias = args.get("in_proj_weight"), args.get("in_proj_bias")
     own = all(args.get(key) is value for key in ("query", "key", "value"))
@@ -225,8 +236,10 @@ def _normalises_axis_1(absorber: Absorber, graph: ModelGraph) -> bool:
     if absorber.kind != "norm":
         return False
     node = absorber.args.get("node")
-    return function_name(node) != "layer_norm" if node else isinstance(
-        graph.module(absorber.name), _NormBase | nn.GroupNorm
+    return (
+        function_name(node) != "layer_norm"
+        if node
+        else isinstance(graph.module(absorber.name), _NormBase | nn.GroupNorm)
     )
 
 

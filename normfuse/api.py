@@ -140,7 +140,9 @@ def apply(
     return result
 
 
-def export(model: nn.Module, path: str | Path, *, example_inputs: Inputs, fold_bn: bool = True, **options: Any) -> Report:
+def export(
+    model: nn.Module, path: str | Path, *, example_inputs: Inputs, fold_bn: bool = True, **options: Any
+) -> Report:
     """Fold a copy of the model, write it to ``path`` and verify the written file; the format follows the extension.
 
     Args:

@@ -130,7 +130,9 @@ def _common_dilation(left: Form, right: Form) -> tuple[int, ...]:
     """A kernel of one tap has any dilation."""
     assert left.weight is not None and right.weight is not None
     common = []
-    for a, b, size_a, size_b in zip(left.dilation, right.dilation, left.weight.shape[2:], right.weight.shape[2:], strict=True):
+    for a, b, size_a, size_b in zip(
+        left.dilation, right.dilation, left.weight.shape[2:], right.weight.shape[2:], strict=True
+    ):
         if size_a > 1 and size_b > 1:
             _require_same(a, b, "dilations")
         common.append(a if size_a > 1 else b if size_b > 1 else 1)

@@ -203,7 +203,16 @@ _RANK_OF_LAYER: tuple[tuple[Any, int], ...] = (
 )
 _RANK_OF_FUNCTION = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "avg_pool2d": 4, "max_pool2d": 4}
 _KEEP_RANK = (nn.Linear, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh)
-_KEEP_RANK = (*_KEEP_RANK, nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm, nn.LayerNorm, nn.ELU, nn.Dropout, nn.Dropout2d)
+_KEEP_RANK = (
+    *_KEEP_RANK,
+    nn.Identity,
+    nn.BatchNorm1d,
+    nn.SyncBatchNorm,
+    nn.LayerNorm,
+    nn.ELU,
+    nn.Dropout,
+    nn.Dropout2d,
+)
 _KEEP_RANK_FUNCTIONS = frozenset("cat relu gelu silu dropout contiguous add mul sigmoid tanh batch_norm linear".split())
 
 

@@ -59,7 +59,7 @@ _GROUPS = {
     "gather": "reshape view flatten unflatten permute transpose t T mT swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip narrow select "
     "chunk split tensor_split unbind hsplit vsplit split_with_sizes getitem expand expand_as repeat tile broadcast_to "
-    "repeat_interleave view_as reshape_as unsafe_chunk unsafe_split unsafe_view pick unfold_window",
+    "repeat_interleave view_as reshape_as unsafe_chunk unsafe_split unsafe_view",
     "max_pool": "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
     "avg_pool": "avg_pool1d avg_pool2d avg_pool3d",
     "adaptive_avg_pool": "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
@@ -80,6 +80,8 @@ def describe(node: fx.Node, graph: ModelGraph) -> Operation:
     if node.op == "call_module":
         return _of_layer(node, graph, inputs)
     plain = function_name(node)
+    if plain == "pick":
+        return _of_part(describe(inputs[0], graph), inputs)
     name = _CANONICAL.get(plain, plain)
     label = f"{plain or node.name} in {_where(node)}"
     if name == "getitem" or plain == "getitem":
@@ -97,6 +99,11 @@ def _of_layer(node: fx.Node, graph: ModelGraph, inputs: tuple[fx.Node, ...]) -> 
         if isinstance(module, classes):
             return Operation(name, inputs, dict(vars(module)), label)
     return Operation("", inputs, {}, label)
+
+
+def _of_part(whole: Operation, inputs: tuple[fx.Node, ...]) -> Operation:
+    """One of several results: a part of a split only moves values, one of ``max(dim)`` or an LSTM does not."""
+    return Operation("gather" if whole.name == "gather" else "", inputs, {}, whole.label)
 
 
 def _in_order(node: fx.Node) -> tuple[fx.Node, ...]:

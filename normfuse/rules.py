@@ -333,7 +333,9 @@ def _fit(m: AffineMap, value: fx.Node, op: Operation, graph: ModelGraph) -> Affi
     lost = m.rank - len(shape)
     m.require_constant(tuple(range(lost)), op.label)
     fitted = m.transform(lambda t: t.reshape(t.shape[lost:]))
-    fitted.require_constant(tuple(axis for axis, size in enumerate(shape) if size == 1 and _varies(fitted, axis)), op.label)
+    fitted.require_constant(
+        tuple(axis for axis, size in enumerate(shape) if size == 1 and _varies(fitted, axis)), op.label
+    )
     return fitted
 
 

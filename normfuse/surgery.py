@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+
+from normfuse import computed
 
 Spec = Mapping[str, Any]
 Edit = dict[str, Any]
@@ -160,39 +160,7 @@ def _retype(root: nn.Module, edit: Edit) -> None:
 
 
 def _materialize(root: nn.Module, edit: Edit) -> None:
-    """Make a tensor that is computed from others plain, with its present value."""
-    module, name = root.get_submodule(edit["path"]), edit["tensor"]
-    if nn.utils.parametrize.is_parametrized(module, name):
-        _remove_parametrizations(module, name)
-    else:
-        _remove_weight_hook(module, name)
-    setattr(module, name, getattr(module, name))  # a recurrent layer keeps a second list of its weights
-
-
-def _remove_parametrizations(module: Any, name: str) -> None:
-    held = module.parametrizations[name]
-    if held.is_tensor:  # torch would write into the original, which others may share
-        old = held.original
-        new = old.detach().clone()
-        held.original = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    with torch.enable_grad():  # torch asks whether the value requires a gradient
-        nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-
-
-def weight_hook(module: nn.Module, name: str) -> WeightNorm | SpectralNorm | None:
-    """Return the hook by which ``torch.nn.utils.weight_norm`` or ``spectral_norm`` computes a tensor of a module."""
-    hooks = module._forward_pre_hooks.values()
-    return next((h for h in hooks if isinstance(h, WeightNorm | SpectralNorm) and h.name == name), None)
-
-
-def _remove_weight_hook(module: nn.Module, name: str) -> None:
-    hook = weight_hook(module, name)
-    if hook is None:
-        raise ValueError(f"{type(module).__name__}.{name} is not computed from other tensors")
-    source = getattr(module, f"{name}_g" if isinstance(hook, WeightNorm) else f"{name}_orig")
-    remove = nn.utils.remove_weight_norm if isinstance(hook, WeightNorm) else nn.utils.remove_spectral_norm
-    remove(module, name)
-    getattr(module, name).requires_grad_(source.requires_grad)
+    computed.make_plain(root.get_submodule(edit["path"]), edit["tensor"])
 
 
 def _untie(root: nn.Module, edit: Edit) -> None:

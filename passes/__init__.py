@@ -7,7 +7,9 @@ if __name__ != "normfuse.passes":  # one class must never exist twice
 
 from normfuse.base import Pass
 from normfuse.passes.duplicate_shared import DuplicateShared
+from normfuse.passes.fold_affine import FoldAffine
 from normfuse.passes.fold_bn import FoldBN
+from normfuse.passes.materialize import Materialize
 from normfuse.passes.merge_branches import MergeBranches
 
-PASSES: dict[str, type[Pass]] = {one.name: one for one in (DuplicateShared, FoldBN, MergeBranches)}
+PASSES: dict[str, type[Pass]] = {one.name: one for one in (DuplicateShared, FoldAffine, FoldBN, Materialize, MergeBranches)}

@@ -93,7 +93,11 @@ class _Recorder:
         if isinstance(value, Mapping):
             return {str(key): self.nodes_of(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(map(self.nodes_of, value)) if type(value) in (list, tuple) else tuple(map(self.nodes_of, value))
+            return (
+                type(value)(map(self.nodes_of, value))
+                if type(value) in (list, tuple)
+                else tuple(map(self.nodes_of, value))
+            )
         if isinstance(value, slice):
             return slice(self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step))
         if hasattr(value, "__dict__") and any(isinstance(v, Tensor) for v in vars(value).values()):
@@ -120,7 +124,9 @@ class _Recorder:
 
     # operations to nodes
 
-    def record(self, op: str, target: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record(
+        self, op: str, target: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run one operation and add the node for it; return its result."""
         inputs = _tensors((args, kwargs))
         versions = [_version(tensor) for tensor in inputs]
@@ -161,7 +167,9 @@ class _Recorder:
 
     # modules
 
-    def call_module(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run one module call: as one node for a leaf, read through otherwise."""
         name = self.module_name.get(id(module))
         if self.busy or name is None:

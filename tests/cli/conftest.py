@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,9 +45,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run() -> Iterator[Run]:
-    """Run the command line; the shape of the input is small unless one is given."""
-    yield lambda *args: CliRunner().invoke(main, [str(arg) for arg in args], prog_name="normfuse")
+def run() -> Run:
+    """Run the command line in this process."""
+    return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args], prog_name="normfuse")
 
 
 @pytest.fixture

@@ -82,15 +82,3 @@ def rounded_to_integers() -> nn.Module:
 class Rounded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x * 10).to(torch.int32).to(x.dtype)
-
-
-@trap(_1=Reason.QUANTIZED, tolerance=1e-9)
-def quantized_weight() -> nn.Module:
-    """A weight that is a tensor subclass, as torchao makes them: stored in eight bits, read as floats."""
-    model = chain(nn.Linear(4, 4), Flat())
-    return model
-
-
-class Flat(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
