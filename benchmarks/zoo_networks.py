@@ -7,6 +7,7 @@ The table of timm families was made by ``python benchmarks/zoo_survey.py``, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,10 +140,25 @@ class Network:
     listed: bool = False
 
     def inputs(self, seed: int) -> Any:
-        """Return float64 inputs in [0, 1): a tuple of positional arguments, or the detectors' list."""
+        """Return float64 pictures: a tuple of positional arguments, or the detectors' list."""
         generator = torch.Generator().manual_seed(seed)
-        made = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
+        made = [picture(shape, generator) for shape in self.shapes]
         return made if self.listed else tuple(made)
+
+
+def picture(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return soft blobs with a little noise, in about 0 to 1.
+
+    Plain noise would do no good: averaged by a few convolutions, all pictures of it are the same, and statistics
+    calibrated to their tiny differences make a network chaotic.
+    """
+    channels_on = shape[-3:] if len(shape) < 5 else shape[-4:]
+    flat = (math.prod(shape[: len(shape) - len(channels_on)]), *channels_on)
+    coarse = torch.rand((*flat[:2], *(4 for _ in flat[2:])), generator=generator, dtype=torch.float64)
+    mode = "bilinear" if len(flat) == 4 else "trilinear"
+    soft = torch.nn.functional.interpolate(coarse, flat[2:], mode=mode)
+    noise = torch.rand(flat, generator=generator, dtype=torch.float64)
+    return (0.8 * soft + 0.2 * noise).reshape(shape)
 
 
 def networks() -> dict[str, Network]:

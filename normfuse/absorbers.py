@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normfuse import numerics
 from normfuse.affine import AffineMap
@@ -60,8 +61,9 @@ def output_side(node: fx.Node, graph: ModelGraph) -> Absorber | None:
         return _function(node, graph)
     layer = base_layer(module)
     name = str(node.target)
-    if layer is not None and issubclass(layer, nn.Embedding):
-        return Absorber("embedding", name, f"{name}.weight")
+    if isinstance(module, nn.Embedding) and layer is not None:
+        # with max_norm the forward pass rescales the rows it reads, so scaled rows would not stay scaled
+        return Absorber("embedding", name, f"{name}.weight") if module.max_norm is None else None
     if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and module.weight is not None:
         return Absorber("norm", name, f"{name}.weight", None if layer is nn.RMSNorm else f"{name}.bias")
     return _layer(node, module, name)
@@ -189,8 +191,7 @@ def absorb_output(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[s
     weight = graph.tensor(absorber.weight).detach()
     if absorber.kind in ("addend", "factor"):
         return _absorb_constant(absorber, weight, m)
-    axis = 1 if absorber.kind == "conv" or _normalises_axis_1(absorber, graph) else -1
-    scale, shift = _vectors(m, axis, _out_size(absorber, weight), absorber)
+    scale, shift = _vectors(m, _channel_axis(absorber, weight, graph), _out_size(absorber, weight), absorber)
     if absorber.kind == "embedding":
         return {absorber.weight: weight.double() * scale + shift}
     if absorber.kind == "norm":
@@ -210,7 +211,7 @@ def absorb_input(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[st
     if m.has_shift and absorber.padded:
         raise Refused(Reason.NONZERO_PADDING, f"{absorber.name} pads with zeros, which a shift cannot enter")
     in_size = weight.shape[0] if absorber.transposed else weight.shape[1] * absorber.groups
-    scale, shift = _vectors(m, 1 if absorber.kind == "conv" else -1, in_size, absorber)
+    scale, shift = _vectors(m, _channel_axis(absorber, weight, graph), in_size, absorber)
     new = numerics.scale_inputs(weight, scale, groups=absorber.groups, transposed=absorber.transposed)
     if not m.has_shift:
         return {absorber.weight: new}
@@ -232,15 +233,18 @@ def _out_size(absorber: Absorber, weight: Tensor) -> int:
     return weight.shape[1] if absorber.kind == "embedding" else weight.shape[0]
 
 
-def _normalises_axis_1(absorber: Absorber, graph: ModelGraph) -> bool:
+def _channel_axis(absorber: Absorber, weight: Tensor, graph: ModelGraph) -> int:
+    """Return the axis of channels; that of a convolution counts from the end, as its batch axis may be missing."""
+    if absorber.kind == "conv":
+        return 1 - weight.dim()
     if absorber.kind != "norm":
-        return False
-    node = absorber.args.get("node")
-    return (
-        function_name(node) != "layer_norm"
-        if node
-        else isinstance(graph.module(absorber.name), _NormBase | nn.GroupNorm)
-    )
+        return -1
+    node, module = absorber.args.get("node"), graph.module(absorber.name)
+    if node is not None:
+        return -1 if function_name(node) == "layer_norm" else 1
+    if isinstance(module, _InstanceNorm):
+        return -module._get_no_batch_dim()
+    return 1 if isinstance(module, _NormBase | nn.GroupNorm) else -1
 
 
 def _absorb_constant(absorber: Absorber, weight: Tensor, m: AffineMap) -> dict[str, Tensor]:

@@ -185,6 +185,12 @@ class OutputError:
             self.agreeing += int((judge.argmax(1) == new.argmax(1)).sum())
             self.rows += judge.shape[0]
 
+    def note(self) -> str:
+        """Return what to know about an output that passed only because it repeats the source's own run."""
+        if self.fault or self.unexplained or self.error <= CEILING * self.scale:
+            return ""
+        return f"output {self.name!r} repeats the source's own run, which is itself off by {self.error:.1e}"
+
     def verdict(self, tolerance: Tolerance | None, eps: float) -> str:
         """Return why this output fails, or nothing."""
         if self.fault:
@@ -224,7 +230,14 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return max(-1.0, min(1.0, float(a @ b) / norms))
 
 
-def summarize(outputs: Sequence[OutputError], tolerance: Tolerance | None, eps: float, **details: Any) -> Comparison:
+def summarize(
+    outputs: Sequence[OutputError],
+    tolerance: Tolerance | None,
+    eps: float,
+    *,
+    notes: Sequence[str] = (),
+    **details: Any,
+) -> Comparison:
     """Return the comparison over all outputs; ``details`` are the remaining fields of :class:`Comparison`."""
     failures = [text for output in outputs if (text := output.verdict(tolerance, eps))]
     rows = sum(output.rows for output in outputs)
@@ -242,6 +255,7 @@ def summarize(outputs: Sequence[OutputError], tolerance: Tolerance | None, eps: 
         failure=failures[0] if failures else "",
         outputs=len(outputs),
         tolerance=tolerance,
+        notes=(*notes, *(text for output in outputs if (text := output.note()))),
         **details,
     )
 

@@ -48,10 +48,20 @@ def _tensor_name(hook: Hook) -> str:
 
 def _remove_parametrizations(module: Any, name: str) -> None:
     held = module.parametrizations[name]
+    module.__class__ = _duplicate(type(module))
     if held.is_tensor:
         _own(held, "original")
     with torch.enable_grad():  # torch asks whether the value requires a gradient
         remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def _duplicate(cls: type) -> type:
+    """Return a copy of the class that torch made for a parametrized module.
+
+    Copies of the module share the class, and torch deletes from it the property that computes the tensor.
+    """
+    members = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, cls.__bases__, members)
 
 
 def _remove_hook(module: nn.Module, name: str) -> None:
@@ -65,7 +75,16 @@ def _remove_hook(module: nn.Module, name: str) -> None:
     else:
         remove = nn.utils.remove_weight_norm if isinstance(hook, WeightNorm) else nn.utils.remove_spectral_norm
         remove(module, name)
+        _remove_state_dict_hooks(module, hook)
     getattr(module, name).requires_grad_(source.requires_grad)
+
+
+def _remove_state_dict_hooks(module: nn.Module, hook: Hook) -> None:
+    """Remove what spectral norm hung on saving and loading; torch leaves the second, which it has wrapped."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, held in list(hooks.items()):
+            if getattr(getattr(held, "hook", held), "fn", None) is hook:
+                del hooks[key]
 
 
 def _own(module: nn.Module, name: str) -> None:

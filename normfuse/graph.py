@@ -58,6 +58,7 @@ class ModelGraph:
         self.names = module_names(self.root)
         self._modules = dict(self.root.named_modules())
         self._aliases = _tensor_aliases(self.root)
+        self.hooked_calls = [call for call in self.calls if has_hooks(self.module(call.name))]
         self._uses = self._collect_uses()
         self._sites = self._collect_sites()
 
@@ -69,7 +70,12 @@ class ModelGraph:
         Raises:
             AttributeError: The model has no such module.
         """
-        return self._modules[name] if name in self._modules else self.root.get_submodule(name)
+        module: nn.Module | None = self._modules.get(name, self.root)
+        for part in () if name in self._modules else name.split("."):
+            module = module._modules.get(part) if module is not None else None  # runs no property, unlike getattr
+        if module is None:
+            raise AttributeError(f"the model has no module {name!r}")
+        return module
 
     def perform(self, edit: Edit) -> None:
         """Carry out a structural edit on the model and log it."""
@@ -170,6 +176,11 @@ class ModelGraph:
         return sites
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything watches, or changes, what a module takes or returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 def function_name(node: fx.Node) -> str:
     """Return the plain name of the torch function that a node calls: ``"batch_norm"``, ``"add"``; else ``""``."""
     if node.op == "call_method":
@@ -199,7 +210,7 @@ def shape_reads(user: fx.Node, node: fx.Node) -> int:
         return int(user.args[:1] == (node,))
     if name.endswith("_like") or name.startswith("new_"):
         return int(user.args[:1] == (node,))
-    return int(name in ("expand_as", "view_as", "reshape_as", "type_as") and user.args[1:2] == (node,))
+    return int(name in ("expand_as", "view_as", "reshape_as", "type_as", "to") and user.args[1:2] == (node,))
 
 
 def occurrences(user: fx.Node, node: fx.Node) -> int:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normfuse import adapters, numerics
 from normfuse.affine import AffineMap
@@ -99,6 +100,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **dict(node.kwargs)}
 
 
+@torch.no_grad()
 def source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, AffineMap]:
     """Return the input of a norm's call and the fixed affine map that the call applies to it.
 
@@ -109,6 +111,8 @@ def source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, Affin
         scale, shift = _module_affine(norm.name, graph)
     elif function_name(node) == "batch_norm":
         scale, shift = _function_affine(norm.name, node, graph)
+    elif norm.module is not None and isinstance(graph.module(norm.module), _NormBase):
+        raise Refused(Reason.FORWARD_OVERRIDDEN, f"{norm.name} ({norm.layer}) has a forward of its own")
     else:
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{norm.name} ({norm.layer}) normalises by statistics of its input")
     value = _input(norm, node)
@@ -167,7 +171,8 @@ def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
     known = len(shape) if shape is not None else _rank_of_class(norm, graph) or ranks(node, graph)
     if known is None:
         raise Refused(Reason.RANK_UNKNOWN, f"the rank of the input of {norm.name} is not known", "pass example_inputs")
-    if norm.layer.startswith(("InstanceNorm", "instance_norm")) and known < 3:
+    module = graph.module_of(node)
+    if isinstance(module, _InstanceNorm) and known == module._get_no_batch_dim():
         raise Refused(Reason.AXIS, f"{norm.name} is called on an unbatched input")
     return known
 

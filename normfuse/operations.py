@@ -97,7 +97,7 @@ def _of_layer(node: fx.Node, graph: ModelGraph, inputs: tuple[fx.Node, ...]) -> 
         return Operation("", inputs, {}, label)
     for classes, name in _LAYERS:
         if isinstance(module, classes):
-            return Operation(name, inputs, dict(vars(module)), label)
+            return Operation(name, inputs, {**vars(module), "layer": base_layer(module)}, label)
     return Operation("", inputs, {}, label)
 
 

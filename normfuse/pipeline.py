@@ -40,9 +40,18 @@ class Selection:
     def refuses(self, name: str) -> Refusal | None:
         """Return a refusal for a layer that the user left out."""
         wanted = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
-        if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude):
+        if wanted and not self._excludes(name):
             return None
         return Refusal(Reason.EXCLUDED, f"{name} was left out by the user")
+
+    def protects(self, answer: Match | Refusal) -> Refusal | None:
+        """Return a refusal for a match that would change a layer that the user excluded."""
+        partners = answer.partners if isinstance(answer, Match) else ()
+        left_out = next((name for name in partners if self._excludes(name)), None)
+        return Refusal(Reason.EXCLUDED, f"{left_out} was left out by the user") if left_out is not None else None
+
+    def _excludes(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude)
 
 
 @dataclass(slots=True)
@@ -78,8 +87,8 @@ def run(
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             graph = replace(capture(work, example_inputs), edits=graph.edits)
     report = _report(inventory, passes, state, notes)
-    for module in work.modules():
-        module.training = False
+    for name, module in work.named_modules():
+        module.training = name in graph.training
     if report and not all(one.reversible for one in passes):
         deploy.guard(work, make_manifest(work, before, graph.edits, report))
     return Result(work, report)  # type: ignore[arg-type]
@@ -92,14 +101,28 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
 
 
 def _run_pass(one: Pass, graph: ModelGraph, state: _Run) -> bool:
-    """Apply one pass wherever it may; return whether it changed more than values and plain identities."""
+    """Apply one pass until nothing more gives way; return whether it changed more than values and plain identities."""
+    done: set[str] = set()
+    while True:
+        before = len(done)
+        structural = _sweep(one, graph, state, done)
+        if structural or len(done) == before:
+            return structural
+
+
+def _sweep(one: Pass, graph: ModelGraph, state: _Run, done: set[str]) -> bool:
+    """Apply one pass wherever it may and did not yet: a norm that was folded may have stood in another's way."""
     structural = False
     for match in list(one.detect(graph)):
         name = _original_name(match, graph, state)
+        if name in done:
+            continue
         answer = state.selection.refuses(name) or one.check(match, graph)
+        answer = state.selection.protects(answer) or answer
         if isinstance(answer, Match):
             edits = len(graph.edits)
             one.apply(answer, graph)
+            done.add(name)
             structural |= any(edit.get("module") != surgery.IDENTITY for edit in graph.edits[edits:])
         _note(one, match, answer, name, state)
     return structural

@@ -18,7 +18,7 @@ from normfuse import absorbers, gather, rules
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refusal, Refused
-from normfuse.graph import ModelGraph, occurrences
+from normfuse.graph import ModelGraph, has_hooks, occurrences
 from normfuse.operations import describe
 from normfuse.surgery import Edit
 
@@ -101,6 +101,8 @@ class Router:
         layer = self.graph.module_of(node)
         if not isinstance(layer, _ConstantPadNd) or len(self.graph.call_sites(str(node.target))) > 1:
             return False
+        if m.rank != len(layer.padding) // 2 + 2:
+            return False
         m.require_constant(tuple(axis for axis in range(m.rank) if axis != 1), f"{node.target}")
         return m.has_shift or layer.value != 0
 
@@ -132,9 +134,15 @@ class Router:
         """
         if given.is_identity:
             return plan
-        if not value.users:
+        if not self.graph.consumers(value):
             raise Refused(Reason.EXTRA_CONSUMER, f"nothing reads {_name(value)}")
-        for reader in value.users:
+        grown = plan.copy()
+        grown.passed.append(value)
+        return self._onwards(value, given, grown)
+
+    def _onwards(self, value: fx.Node, given: AffineMap, plan: Plan) -> Plan:
+        """Let every reader of a value take the map; who asks only for its shape, or nobody, need not."""
+        for reader in [] if given.is_identity else dict.fromkeys(self.graph.consumers(value)):
             plan = self._into(reader, value, given, plan)
         return plan
 
@@ -149,17 +157,17 @@ class Router:
         if occurrences(reader, value) != 1:
             raise Refused(Reason.OPAQUE_OPERATION, f"{_name(reader)} reads {_name(value)} more than once")
         if self._pads_by_channel(reader, given, plan):
-            return self.forward(reader, given, _with_pad(plan, reader, given.inverse()))
+            return self._onwards(reader, given, _with_pad(plan, reader, given.inverse()))
         operation = describe(reader, self.graph)
         grown = plan.copy()
         grown.passed.append(reader)
         if operation.name == "gather" and reader.target is not gather.pick:
             picks = [user for user in reader.users if user.target is gather.pick]
             for part in picks:
-                grown = self.forward(part, gather.forward(part, given, self.graph), grown)
+                grown = self._onwards(part, gather.forward(part, given, self.graph), grown)
             if picks:
                 return grown
-        return self.forward(reader, rules.forward(reader, operation, value, given, self.graph), grown)
+        return self._onwards(reader, rules.forward(reader, operation, value, given, self.graph), grown)
 
 
 def _with_pad(plan: Plan, node: fx.Node, m: AffineMap) -> Plan:
@@ -194,8 +202,7 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
     if graph.partial:
         hint = "pass example_inputs"
         raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced, callers may be unseen", hint)
-    for node in plan.passed:
-        require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
+    _require_unwatched(plan, graph)
     tensors: dict[str, Tensor] = {}
     for (absorber, side), calls in plan.maps.items():
         _require_own(absorber, calls, graph)
@@ -210,6 +217,17 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
     for name, value in tensors.items():
         _require_in_range(name, value, graph)
     return tensors
+
+
+def _require_unwatched(plan: Plan, graph: ModelGraph) -> None:
+    """Refuse where a hook, of a layer on the route or of a block around it, would see a value that changes."""
+    written = {node for (_, side), calls in plan.maps.items() if side == "output" for node in calls}
+    changed = written.union(plan.passed)
+    for node in plan.passed:
+        require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
+    for call in graph.hooked_calls:
+        if not changed.isdisjoint((*call.inputs, *call.outputs)):
+            require_no_hooks(call.name, graph)
 
 
 _DUPLICATE = "pass duplicate_shared=True"
@@ -238,6 +256,7 @@ def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
         if attribute not in module._buffers:
             hint = "the materialize pass makes it plain"
             raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
+        require_saved(absorber.weight, graph)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         raise Refused(Reason.UNINITIALIZED, f"{owner} has no values yet", "run the model once")
     require_no_hooks(owner, graph)
@@ -248,6 +267,19 @@ def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
         raise Refused(Reason.DTYPE, f"{absorber.weight} is {tensor.dtype}")
 
 
+def require_saved(name: str, graph: ModelGraph) -> None:
+    """Refuse a tensor that is no part of the model's ``state_dict``: a new value would be lost with the file.
+
+    Raises:
+        Refused: It is a buffer that is not persistent, or a plain attribute.
+    """
+    owner, _, attribute = name.rpartition(".")
+    module = graph.module(owner)
+    held = attribute in module._parameters or attribute in module._buffers
+    if not held or attribute in module._non_persistent_buffers_set:
+        raise Refused(Reason.PARAMETRIZED, f"{name} is not saved with the model, but made anew")
+
+
 def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
     """Refuse a module, if one is named, whose hooks would see other values after a rewrite.
 
@@ -256,8 +288,7 @@ def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
     """
     if name is None:
         return
-    module = graph.module(name)
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if has_hooks(graph.module(name)):
         raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
 
 
@@ -272,7 +303,7 @@ def _require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
         raise Refused(Reason.RANGE, f"{name} would reach {largest:.3g}, beyond {like.dtype}", "fold in float32")
 
 
-_SEARCH_ENDED = (Reason.OPAQUE_OPERATION, Reason.EXTRA_CONSUMER, Reason.NO_PRODUCER, Reason.SIGN)
+_SEARCH_ENDED = (Reason.OPAQUE_OPERATION, Reason.EXTRA_CONSUMER, Reason.NO_PRODUCER)
 
 
 def joined(back: Refusal, ahead: Refusal) -> Refused:

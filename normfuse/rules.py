@@ -11,11 +11,12 @@ where no exact way exists. What absorbs a map (convolutions and the like) is in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from normfuse import gather
 from normfuse.affine import AffineMap
@@ -64,7 +65,7 @@ def _opaque(operation: Operation) -> Refused:
 
 
 def _identity(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    if _is_active_dropout(node, op):
+    if _is_active_dropout(node, op, graph):
         raise Refused(Reason.OPAQUE_OPERATION, f"{op.label} stays active in eval mode")
     dtype = node.meta.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
@@ -72,10 +73,14 @@ def _identity(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, for
     return m
 
 
-def _is_active_dropout(node: fx.Node, op: Operation) -> bool:
-    function = op.args.get("function", "")
+def _is_active_dropout(node: fx.Node, op: Operation, graph: ModelGraph) -> bool:
+    if node.op == "call_module":
+        return str(node.target) in graph.training and not isinstance(graph.module_of(node), nn.Identity)
+    function, scope = op.args.get("function", ""), node.meta.get("scope", ())
     if "drop" not in function and function != "stochastic_depth":
         return False
+    if scope and scope[-1].name in graph.training:
+        return True
     position = 3 if function == "stochastic_depth" else 2
     default = function not in ("alpha_dropout", "feature_alpha_dropout", "native_dropout")
     training = node.kwargs.get("training", node.args[position] if len(node.args) > position else default)
@@ -87,12 +92,12 @@ def _gather(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
 
 
 def _copies(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(tuple(range(2, m.rank)), op.label)
+    m.require_constant(_padded(op, m), op.label)
     return m
 
 
 def _average_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(tuple(range(2, m.rank)), op.label)
+    m.require_constant(_window(op, m), op.label)
     padded = any(_flat(op.args.get("padding", 0))) and op.args.get("count_include_pad", True)
     if m.has_shift and (padded or op.args.get("divisor_override")):
         raise Refused(Reason.NONZERO_PADDING, f"{op.label} averages zeros in, which a shift would miss")
@@ -100,12 +105,12 @@ def _average_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph,
 
 
 def _adaptive_average_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(tuple(range(2, m.rank)), op.label)
+    m.require_constant(_window(op, m), op.label)
     return m
 
 
 def _max_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(tuple(range(2, m.rank)), op.label)
+    m.require_constant(_window(op, m), op.label)
     if op.args.get("return_indices"):
         raise Refused(Reason.OPAQUE_OPERATION, f"{op.label} returns indices")
     if not m.is_positive:
@@ -145,7 +150,7 @@ def _reduce(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
 def _pad(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
     if op.args.get("mode", "constant") not in ("constant", None):
         return _copies(node, op, m, graph, forwards)
-    m.require_constant(tuple(range(2, m.rank)), op.label)
+    m.require_constant(_padded(op, m), op.label)
     value = float(op.args.get("value") or 0.0)
     if not bool((m.scale * value + m.shift == value).all()):
         raise Refused(Reason.NONZERO_PADDING, f"{op.label} pads with {value:g}, which the map would have to change")
@@ -286,6 +291,21 @@ def _require_plain_add(op: Operation) -> None:
 
 def _operands(op: Operation) -> list[Any]:
     return [value for key in ("input", "other") if (value := op.args.get(key)) is not None] if op.args else []
+
+
+def _window(op: Operation, m: AffineMap) -> tuple[int, ...]:
+    """Return the axes that a pool works along: the last one, two or three, as its name says."""
+    name = op.args["layer"].__name__ if "layer" in op.args else op.args["function"]
+    found = re.search(r"([123])d", name)
+    _require(found is not None, op)
+    return tuple(range(m.rank - int(found[1]), m.rank))  # type: ignore[index]
+
+
+def _padded(op: Operation, m: AffineMap) -> tuple[int, ...]:
+    """Return the axes that a pad makes longer; its pairs of widths begin at the last axis."""
+    widths = _flat(op.args.get("padding"))
+    _require(all(isinstance(width, int) for width in widths) and len(widths) <= 2 * m.rank, op)
+    return tuple(m.rank - 1 - i for i in range(len(widths) // 2) if any(widths[2 * i : 2 * i + 2]))
 
 
 def _flat(value: Any) -> list[int]:

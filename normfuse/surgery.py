@@ -103,6 +103,12 @@ def replay(root: nn.Module, edits: Iterable[Edit]) -> None:
         perform(root, edit)
 
 
+def chain(names: Iterable[str]) -> Spec:
+    """Return the spec of modules that the model has, one after the other."""
+    refs: list[Edit] = [{"ref": name} for name in names]
+    return IDENTITY if not refs else refs[0] if len(refs) == 1 else {"sequential": refs}
+
+
 def build(root: nn.Module, spec: Spec) -> nn.Module:
     """Return the module that a spec describes.
 

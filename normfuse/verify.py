@@ -203,11 +203,12 @@ def _compare(
     working: torch.dtype,
     tolerance: Tolerance | None,
 ) -> Comparison:
-    tensors = [name for name, leaf in source.judge[0].items() if isinstance(leaf, Tensor)]
+    leaves = {name: leaf for run in source.judge for name, leaf in run.items()}  # a sample may lack some
+    tensors = [name for name, leaf in leaves.items() if isinstance(leaf, Tensor)]
     if not any(run[name].numel() for run in source.judge for name in tensors if name in run):
         raise VerificationError("nothing to compare: the model returns no tensor with elements")
     outputs = [OutputError(name, tolerance.rtol if tolerance else 0.0) for name in tensors]
-    skipped = len(source.judge[0]) - len(tensors)
+    skipped = len(leaves) - len(tensors)
     if isinstance(found, str):
         outputs[0].fault, outputs[0].error, outputs[0].cosine = found, float("inf"), 0.0
     else:
@@ -221,6 +222,8 @@ def _compare(
 
 def _gather(output: OutputError, source: _Source, found: list[dict[str, Any]]) -> None:
     for index, (judge, new) in enumerate(zip(source.judge, found, strict=True)):
+        if output.name not in judge:
+            continue
         noise = [(run[index][output.name], weight) for run, weight in source.noise if output.name in run[index]]
         output.add(judge[output.name], new[output.name], noise)
 

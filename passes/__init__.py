@@ -12,4 +12,6 @@ from normfuse.passes.fold_bn import FoldBN
 from normfuse.passes.materialize import Materialize
 from normfuse.passes.merge_branches import MergeBranches
 
-PASSES: dict[str, type[Pass]] = {one.name: one for one in (DuplicateShared, FoldAffine, FoldBN, Materialize, MergeBranches)}
+PASSES: dict[str, type[Pass]] = {
+    one.name: one for one in (DuplicateShared, FoldAffine, FoldBN, Materialize, MergeBranches)
+}

@@ -1,70 +1,32 @@
-"""Move fixed gains and shifts, which end a norm or stand on their own, into the layers around them.
+"""Move gains and shifts, which end a norm or stand on their own, into the layers around them.
 
-    y = gamma n(x) + beta,  z = W y + b    =>    W' = W gamma,  b' = b + W beta,   y' = n(x)        (forwards)
+    y = gamma n(x) + beta,  z = W y + b    =>    y' = n(x),  W' = W gamma,  b' = b + W beta         (forwards)
     y = gamma (W x + b)                    =>    W' = gamma W,  b' = gamma b                        (backwards)
 
 The first is a LayerNorm, RMSNorm, GroupNorm or InstanceNorm: its statistics stay, its gain and shift leave. The second
 is a LayerScale, or any other product of an activation and a parameter. What was moved is dropped where the norm does
-without, and is one and zero where it does not.
+without, and one and zero where it does not.
 """
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from normfuse import norms, surgery
-from normfuse.affine import AffineMap
+from normfuse import gains, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
-from normfuse.graph import ModelGraph, function_name
+from normfuse.capture.modes import eval_mode
+from normfuse.gains import Gain
+from normfuse.graph import ModelGraph
 from normfuse.norms import Norm
-from normfuse.operations import describe
-from normfuse.routes import Plan, Router, finish, joined, require_no_hooks
+from normfuse.routes import Plan, Router, finish, joined, pad_edits, require_no_hooks
 from normfuse.scopes import common_tail
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_ARGUMENTS = {
-    "layer_norm": ("input", "normalized_shape", "weight", "bias"),
-    "rms_norm": ("input", "normalized_shape", "weight"),
-    "group_norm": ("input", "num_groups", "weight", "bias"),
-    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias"),
-}
-_READS_THE_NORMS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of its children, in a fused kernel
-
-
-@dataclass(slots=True)
-class _Gain:
-    """A gain and a shift that are parameters, and where they act.
-
-    Attributes:
-        module: Qualified name of the module that they belong to.
-        gain: Qualified name of the parameter that multiplies; None for a norm that only adds.
-        shift: Qualified name of the parameter that is added.
-        calls: Per call: the values in and out, the nodes that read the parameters, and the map.
-        is_norm: Whether a norm comes before, so that only the way forwards is open.
-    """
-
-    module: str
-    gain: str | None
-    shift: str | None
-    is_norm: bool
-    calls: list[_Call] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> list[str]:
-        """The names of the parameters."""
-        return [name for name in (self.gain, self.shift) if name is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    value: fx.Node
-    node: fx.Node
-    output: fx.Node
+_READ_THEIR_NORMS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # for one fused kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +34,9 @@ class _Fold:
     """What ``apply`` does."""
 
     tensors: dict[str, Tensor]
-    edits: list[surgery.Edit]
-    removed: list[fx.Node]
+    edits: list[surgery.Edit] = field(default_factory=list)
+    removed: list[fx.Node] = field(default_factory=list)
+    pads: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FoldAffine(Pass):
@@ -83,14 +46,155 @@ class FoldAffine(Pass):
     exactness = Exactness.EXACT
 
     def detect(self, graph: ModelGraph) -> Iterator[Match]:
-        """Yield the products of activations and parameters, then the norms, that change anything."""
+        """Yield the products of activations and parameters, then the norms, where they change anything."""
         found = norms.find_norms(graph)
-        by_module = {norm.module: norm for norm in found if norm.module is not None}
-        for gain in _products(graph, by_module):
-            norm = by_module.get(gain.module)
-            subject, layer = (norm.name, norm.layer) if norm and gain.is_norm else _described(gain, graph)
-            yield Match(subject, layer, norm=gain.is_norm, payload=gain)
+        for gain in gains.products(graph, found):
+            if gain.changes_something(graph):
+                yield _match(gain, graph)
         for norm in found:
-            gain = _of_norm(norm, graph)
-            if gain is not None and not _is_trivial(gain, graph):
-                yield Match(norm.name, norm.layer, payload=gain)
+            answer = _gain_of(norm, graph)
+            if answer is not None:
+                yield Match(norm.name, norm.layer, payload=answer)
+
+    def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
+        """Find a route, and work out the new tensors."""
+        gain: Gain | Refusal = match.payload
+        if isinstance(gain, Refusal):
+            return gain
+        try:
+            require_no_hooks(gain.module, graph)
+            for name in gain.tensors:
+                _require_own(name, gain, graph)
+            plan, tensors = _find(gain, graph)
+        except Refused as refused:
+            return refused.refusal
+        edits, values = pad_edits(plan, graph)
+        left = _left_behind(gain, graph)
+        fold = _Fold(tensors | left.tensors, [*edits, *left.edits], left.removed, values)
+        return replace(match, partners=plan.partners, payload=fold)
+
+    def apply(self, match: Match, graph: ModelGraph) -> None:
+        """Assign the new tensors, and drop what they took over."""
+        fold: _Fold = match.payload
+        graph.assign(fold.tensors)
+        for edit in fold.edits:
+            graph.perform(edit)
+        graph.assign(fold.pads)
+        for node in fold.removed:
+            graph.remove(node)
+
+
+def _match(gain: Gain, graph: ModelGraph) -> Match:
+    if gain.norm is not None:
+        return Match(gain.norm.name, gain.norm.layer, payload=gain)
+    owner = graph.module(gain.module)
+    alone = len(list(owner.parameters())) == len(gain.tensors)  # a LayerScale, and not a block that has one
+    return Match(gain.module if alone else gain.tensors[0], type(owner).__name__, norm=False, payload=gain)
+
+
+def _gain_of(norm: Norm, graph: ModelGraph) -> Gain | Refusal | None:
+    """Return the gain of a norm; why there is none to move; or None where there is nothing to move."""
+    try:
+        gain = gains.of_norm(norm, graph)
+    except Refused as refused:
+        return refused.refusal
+    return gain if gain is not None and gain.changes_something(graph) else None
+
+
+def _find(gain: Gain, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:
+    """Return a plan that takes the map of every call of a gain, with the tensors that carry it out."""
+    refusals = []
+    for direction in (_forward,) if gain.norm is not None else (_backward, _forward):
+        try:
+            plan = Plan()
+            for call in gain.calls:
+                plan = direction(gain, call, graph, plan)
+            return plan, finish(plan, graph)
+        except Refused as refused:
+            refusals.append(refused.refusal)
+    raise joined(refusals[0], refusals[-1])
+
+
+def _backward(gain: Gain, call: gains.Call, graph: ModelGraph, plan: Plan) -> Plan:
+    return Router(graph).backward(call.value, gain.map(call, graph), call.node, plan)
+
+
+def _forward(gain: Gain, call: gains.Call, graph: ModelGraph, plan: Plan) -> Plan:
+    return Router(graph).forward(call.output, gain.map(call, graph), plan)
+
+
+def _require_own(name: str, gain: Gain, graph: ModelGraph) -> None:
+    """Refuse a gain or shift that anything but its calls reads."""
+    owner, _, attribute = name.rpartition(".")
+    if attribute not in graph.module(owner)._parameters:
+        raise Refused(Reason.PARAMETRIZED, f"{name} is computed from other tensors", "materialize it first")
+    if len(graph.owners(name)) > 1:
+        others = ", ".join(other for other in graph.owners(name) if other != name)
+        raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}")
+    own = {node for call in gain.calls for node in (call.node, call.output)}
+    for reader in _readers(graph.uses(name), graph):
+        if reader not in own:
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {reader.name}")
+
+
+def _readers(nodes: list[fx.Node], graph: ModelGraph) -> Iterator[fx.Node]:
+    """Yield the nodes on activations that read a parameter, directly or in another shape."""
+    for node in nodes:
+        if graph.is_constant(node):
+            yield from _readers(list(node.users), graph)
+        else:
+            yield node
+
+
+def _left_behind(gain: Gain, graph: ModelGraph) -> _Fold:
+    """Return what takes a gain and a shift, which moved, out of their place."""
+    nodes = [call.node for call in gain.calls]
+    if gain.norm is None and gain.shift is None and len(graph.calls_of(gain.module)) == len(nodes):
+        tail = common_tail(nodes, gain.module, graph)
+        if tail is not None:
+            edit = {"op": "replace", "path": gain.module, "module": surgery.chain(tail)}
+            return _Fold({}, [edit], nodes)
+    if _runs_without(gain, graph):
+        return _Fold({}, [{"op": "drop", "tensor": name} for name in gain.tensors])
+    neutral = {gain.scale: torch.ones_like, gain.shift: torch.zeros_like}
+    return _Fold({name: make(graph.tensor(name)).double() for name, make in neutral.items() if name is not None})
+
+
+def _runs_without(gain: Gain, graph: ModelGraph) -> bool:
+    """Whether the norm does without its gain and shift, and nothing outside of it asks for them."""
+    norm = gain.norm
+    if norm is None or norm.module is None or any(graph.shape(call.node) is None for call in gain.calls):
+        return False
+    parent = graph.module(norm.module.rpartition(".")[0])
+    if norm.module != gain.module or isinstance(parent, _READ_THEIR_NORMS):
+        return False
+    if all(call.node.op == "call_module" for call in gain.calls):
+        return not any(node.op == "get_attr" and node.target in gain.tensors for node in graph.nodes)
+    module = graph.module(norm.module)
+    return all(_runs_on_none(module, call.inputs, gain, graph) for call in graph.calls_of(norm.module))
+
+
+def _runs_on_none(module: Any, inputs: tuple[fx.Node, ...], gain: Gain, graph: ModelGraph) -> bool:
+    """Try a norm with its own ``forward`` on None, against what it returns on ones and zeros."""
+    shapes = [graph.shape(node) for node in inputs]
+    if len(shapes) != 1 or shapes[0] is None:
+        return False
+    x = torch.rand(shapes[0], dtype=inputs[0].meta.get("dtype"))
+    results = []
+    for plain in (False, True):
+        trial = surgery.copy(module)
+        for name, value in ((gain.scale, 1.0), (gain.shift, 0.0)):
+            if name is not None:
+                _set(trial, name.rpartition(".")[2], None if plain else value)
+        try:
+            with eval_mode(trial), torch.no_grad():
+                results.append(trial.cpu()(x))
+        except Exception:
+            return False
+    return isinstance(results[0], Tensor) and torch.allclose(results[0], results[1])
+
+
+def _set(module: nn.Module, name: str, value: float | None) -> None:
+    old = module._parameters[name]
+    assert old is not None
+    module._parameters[name] = None if value is None else nn.Parameter(torch.full_like(old, value))

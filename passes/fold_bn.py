@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +22,7 @@ from normfuse import adapters, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.graph import ModelGraph
 from normfuse.norms import Norm
-from normfuse.routes import Plan, Router, finish, pad_edits, joined, require_no_hooks
+from normfuse.routes import Plan, Router, finish, joined, pad_edits, require_no_hooks, require_saved
 from normfuse.scopes import common_tail
 
 
@@ -117,13 +116,8 @@ def _removal(norm: Norm, graph: ModelGraph) -> tuple[list[surgery.Edit], dict[st
             tail = common_tail(norm.nodes, norm.module, graph)
         if tail is not None:
             names = tail if not known else [f"{norm.module}.{name}" for name in tail]
-            return [{"op": "replace", "path": norm.module, "module": _chain(names)}], {}
+            return [{"op": "replace", "path": norm.module, "module": surgery.chain(names)}], {}
     return [], _neutral(norm, graph)
-
-
-def _chain(names: list[str]) -> surgery.Spec:
-    refs: list[dict[str, Any]] = [{"ref": name} for name in names]
-    return surgery.IDENTITY if not refs else refs[0] if len(refs) == 1 else {"sequential": refs}
 
 
 def _neutral(norm: Norm, graph: ModelGraph) -> dict[str, Tensor]:
@@ -141,5 +135,8 @@ def _neutral(norm: Norm, graph: ModelGraph) -> dict[str, Tensor]:
         if isinstance(source, fx.Node):
             if source.op != "get_attr" or len(graph.uses(str(source.target))) > len(norm.nodes):
                 raise Refused(Reason.PARAMETRIZED, f"{key} of {norm.name} is computed or read elsewhere")
+            require_saved(str(source.target), graph)
             tensors[str(source.target)] = make(graph.tensor(str(source.target)).detach().double())
+    if all(torch.equal(new.to(graph.tensor(name)), graph.tensor(name)) for name, new in tensors.items()):
+        raise Refused(Reason.NOT_CHEAPER, f"{norm.name} changes nothing already, only its call is left")
     return tensors

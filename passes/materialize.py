@@ -149,7 +149,8 @@ def _as_plain_layer(site: _OwnForward, graph: ModelGraph) -> _OwnForward:
     target = _plain_class(site, module)
     value = site.graph.value(_argument(site.node, 1, "weight"))
     if value.shape != module.weight.shape or value.dtype != module.weight.dtype:
-        raise Refused(Reason.FORWARD_OVERRIDDEN, f"the weight that {site.module} computes is not of the shape it stores")
+        text = f"the weight that {site.module} computes is not of the shape and dtype it stores"
+        raise Refused(Reason.FORWARD_OVERRIDDEN, text)
     names = [_joined(site.module, key) for key in module._parameters if module._parameters[key] is not None]
     for name in names:
         _require_own_readers(name, graph)
@@ -166,9 +167,9 @@ def _plain_class(site: _OwnForward, module: nn.Module) -> str:
     if own in _SAME_PADDED and getattr(module, "same_pad", False):
         return _SAME_PADDED[own]
     active = [n for n in site.graph.nodes if n.op.startswith("call") and not site.graph.is_constant(n)]
-    returned = next(n for n in site.graph.nodes if n.op == "output").args[0]
+    call = site.graph.calls_of("")[0]
     source = _argument(site.node, 0, "input")
-    alone = active == [site.node] and returned is site.node and source.op == "placeholder"
+    alone = active == [site.node] and call.outputs == (site.node,) and call.inputs == (source,)
     if not alone or not _as_declared(site.node, module):
         text = f"{site.module} ({type(module).__name__}) does more than apply a computed weight"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)

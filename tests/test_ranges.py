@@ -73,7 +73,8 @@ def test_layers_without_values_are_left_out_and_order_is_kept():
 
 def test_parametrized_weights_are_read_as_used():
     layer = nn.utils.parametrizations.weight_norm(linear([[3.0, 4.0], [0.0, 1.0]]))
-    layer.parametrizations.weight.original0.data *= 2  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    magnitude = dict(layer.named_parameters())["parametrizations.weight.original0"]
+    magnitude.data *= 2
     assert ranges(nn.Sequential(layer))[0].max_weight == pytest.approx(8.0)
 
 

@@ -219,7 +219,9 @@ class Chaotic(nn.Linear):
 def test_a_source_that_is_all_rounding_cannot_be_judged():
     model = Chaotic(8, 8)
     twin = copy.deepcopy(model)
-    assert verify(model, twin, torch.randn(2, 8))  # to the last bit
+    same = verify(model, twin, torch.randn(2, 8))  # to the last bit
+    assert same
+    assert "repeats the source's own run" in same.notes[0]
     twin.bias.data += 1e-3
     found = verify(model, twin, torch.randn(2, 8))
     assert not found
@@ -258,6 +260,16 @@ def test_dataclasses_numbers_and_other_leaves():
     assert found.outputs == 2  # boxes and score
     assert found.notes == ("1 outputs that are no tensors not compared",)
     assert not verify(source, Map(lambda x: [Boxes(x, "cat", score=0.6)]), torch.ones(2))
+
+
+def test_samples_may_differ_in_structure():
+    parts = Map(lambda x: [*list(x[x > 0]), x.sum()])
+    samples = Samples((torch.tensor([1.0, 2.0, -1.0]), torch.tensor([1.0, 2.0, 3.0])))
+    found = verify(parts, parts, samples)
+    assert found
+    assert found.outputs == 4
+    wrong = Map(lambda x: [*list(x[x > 0]), x.sum() + (x.min() > 0)])
+    assert "[3]" in verify(parts, wrong, samples).failure
 
 
 def test_keyword_and_positional_inputs():

@@ -9,6 +9,7 @@ tensor a new node, and every view of the same storage an opaque one.
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ def record(model: nn.Module, example_inputs: Inputs) -> ModelGraph:
     Raises:
         CaptureError: The model raised an exception on these inputs.
     """
+    _require_values(model)
     training = training_inside_eval(model)
     args, kwargs = as_call(example_inputs)
     recorder = _Recorder(model)
@@ -44,8 +46,14 @@ def record(model: nn.Module, example_inputs: Inputs) -> ModelGraph:
             output = recorder.run(args, kwargs)
         except Exception as error:
             raise CaptureError(f"the model does not run on the example inputs: {_one_line(error)}") from error
-    recorder.graph.output(recorder.nodes_of(output))
+    recorder.graph.output(recorder.nodes_of((output, recorder.kept())))
     return ModelGraph(model, recorder.graph, calls=recorder.calls, training=training)
+
+
+def _require_values(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise CaptureError(f"{name or 'the model'} ({type(module).__name__}) has no values yet: run the model once")
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,6 +92,11 @@ class _Recorder:
         with self._intercept_modules(), _DispatchReader(self), _FunctionReader(self):
             return self.model(*args, **kwargs)
 
+    def kept(self) -> list[Tensor]:
+        """Return the values of the run that modules keep as attributes, where the caller may read them."""
+        held = [tensor for module in self.model.modules() for tensor in _tensors(vars(module))]
+        return [t for t in held if t in self.node_of and self.node_of[t].op != "get_attr"]
+
     # values to nodes
 
     def nodes_of(self, value: Any) -> Any:
@@ -100,9 +113,8 @@ class _Recorder:
             )
         if isinstance(value, slice):
             return slice(self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step))
-        if hasattr(value, "__dict__") and any(isinstance(v, Tensor) for v in vars(value).values()):
-            return {key: self.nodes_of(item) for key, item in vars(value).items()}
-        return value
+        held = _tensors(value)
+        return [self._node(tensor) for tensor in held] if held else value
 
     def _node(self, tensor: Tensor) -> fx.Node:
         node = self.node_of.get(tensor)
@@ -236,18 +248,36 @@ def pick(values: Any, index: int) -> Any:
     return values[index]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Return the tensors in nested containers and records, in order; ``seen`` are the records around ``value``."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, list | tuple | set):
-        return [tensor for item in value for tensor in _tensors(item)]
+    if value is None or isinstance(value, _ATOMS) or id(value) in seen:
+        return []
     if isinstance(value, slice):
         return _tensors((value.start, value.stop, value.step))
-    if hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
-        return [item for item in vars(value).values() if isinstance(item, Tensor)]
-    return []
+    items = _items(value)
+    inner = seen | {id(value)} if items else seen
+    return [tensor for item in items for tensor in _tensors(item, inner)]
+
+
+_ATOMS = (int, float, complex, str, bytes, enum.Enum, nn.Module, type, torch.dtype, torch.device, torch.Generator)
+
+
+def _items(value: Any) -> list[Any]:
+    """Return what a container holds, or a record such as a dataclass or a detector's instances, slots included."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    if callable(value):
+        return []
+    slots = [name for cls in type(value).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
+    return [*(getattr(value, name, None) for name in slots), *getattr(value, "__dict__", {}).values()]
+
+
+def _names(slots: Any) -> list[str]:
+    return [name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__")]
 
 
 def _version(tensor: Tensor) -> int:

@@ -157,15 +157,14 @@ def widen_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def expose_layers(model: onnx.ModelProto) -> dict[str, str]:
-    """Make the output of each module of the source an output of the graph; return ``{value: module}``."""
-    last: dict[str, str] = {}
+    """Make the output of each module of the source an output of the graph; return ``{module: value}``."""
+    layers: dict[str, str] = {}
     for node in model.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
         for module in _modules(scopes):
-            last[module] = node.output[0]
-    present = {value.name for value in model.graph.output}
-    layers = {value: module for module, value in last.items()}  # of several the innermost: containers come first
-    model.graph.output.extend(require().ValueInfoProto(name=value) for value in layers if value not in present)
+            layers[module] = node.output[0]  # the last of its nodes remains
+    new = set(layers.values()) - {value.name for value in model.graph.output}
+    model.graph.output.extend(require().ValueInfoProto(name=value) for value in sorted(new))
     return layers
 
 

@@ -7,6 +7,7 @@ almost no CPU kernels: such a file is opened with its bfloat16 numbers in float3
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,16 +196,27 @@ def first_divergence(reference: nn.Module, artifact: Artifact, inputs: Inputs) -
     """
     model = graphs.load(artifact.path, weights=True)
     model = graphs.widen_bfloat16(model) if graphs.uses_bfloat16(model) else model
-    layers = graphs.expose_layers(model)
+    layers, pairs = graphs.expose_layers(model), graphs.pairs(model)
     try:
         source = divergence.record_in_double(reference, inputs)
         opened = session(model, optimization="disabled")
-        outputs = zip([slot.name for slot in opened.get_outputs()], run(opened, inputs), strict=True)
+        outputs = dict(zip([slot.name for slot in opened.get_outputs()], run(opened, inputs), strict=True))
     except Exception:  # a diagnosis must not hide the verdict it explains
         return None
-    found = {(layers[value], 0): [tensor] for value, tensor in outputs if value in layers}
-    limit = divergence.limit_for(artifact.dtype)
-    return divergence.blame(dict(_once(source, found)), found, graphs.pairs(model), limit)
+    found = {(name, 0): [outputs[value]] for name, value in layers.items()}
+    found |= _folded(list(source), found, pairs)
+    return divergence.blame(dict(_once(source, found)), found, pairs, divergence.limit_for(artifact.dtype))
+
+
+def _folded(
+    order: Sequence[divergence.Call], found: Mapping[divergence.Call, list[Tensor]], pairs: Sequence[set[str]]
+) -> dict[divergence.Call, list[Tensor]]:
+    """Return outputs of norms that left no node: a layer followed by the norm that it absorbed gives the norm's."""
+    return {
+        norm: found[layer]
+        for layer, norm in itertools.pairwise(order)
+        if layer in found and norm not in found and any({layer[0], norm[0]} <= pair for pair in pairs)
+    }
 
 
 def _once(

@@ -51,7 +51,7 @@ def run() -> Run:
 
 
 @pytest.fixture
-def refuses(run: Run, folder: Path) -> Run:
+def refuses(run: Run, folder: Path) -> Callable[..., str]:
     """Run a command that must fail: one line, no stack trace, nothing on standard output, no file left behind."""
 
     def call(*args: object, code: int) -> str:

@@ -275,13 +275,13 @@ def test_export_without_folding_or_verifying(tmp_path: Path):
     assert result.info.nodes["BatchNormalization"] == 1
 
 
-@pytest.mark.parametrize(("precision", "layer"), [("fp32", "act"), ("bf16", "bn")])
-def test_a_wrong_file_is_not_kept_and_the_layer_is_named(tmp_path: Path, precision: Any, layer: str):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_wrong_file_is_not_kept_and_the_layer_is_named(tmp_path: Path, precision: Any):
     old = tmp_path / "net.onnx"
     old.write_text("an earlier file")
     with pytest.raises(VerificationError) as caught:
         export(Net(), old, example_inputs=image(), fold=lambda m: folded(m, wrong=0.1), precision=precision)
     assert caught.value.comparison is not None
-    assert caught.value.comparison.diverges_at == layer
+    assert caught.value.comparison.diverges_at == "bn"
     assert old.read_text() == "an earlier file"
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]

@@ -84,7 +84,7 @@ def embedding() -> nn.Module:
     return chain(nn.Embedding(7, 6, padding_idx=0), Then(swap), nn.BatchNorm1d(6))
 
 
-@trap(inputs=lambda: torch.arange(10).reshape(2, 5) % 7, _2=Reason.UNSUPPORTED_LAYER)
+@trap(inputs=lambda: torch.arange(10).reshape(2, 5) % 7, _2=Reason.OPAQUE_OPERATION)
 def embedding_with_max_norm() -> nn.Module:
     """The forward pass renormalises the rows it reads, so scaled rows would not stay scaled."""
     return chain(nn.Embedding(7, 6, max_norm=0.5), Then(swap), nn.BatchNorm1d(6))
@@ -244,7 +244,7 @@ def pad_channels(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 1, 2))
 
 
-@trap(_2=Reason.NONZERO_PADDING)
+@trap(_2=Reason.AXIS)
 def padded_channels() -> nn.Module:
     """ResNet's option A: zeros become new channels, and a norm shifts those as well."""
     return chain(nn.Conv2d(4, 4, 3), Then(pad_channels), nn.BatchNorm2d(7))
@@ -316,7 +316,7 @@ def old_weight_norm() -> nn.Module:
 # forward passes that are overridden or written as functions
 
 
-@trap(bn=FOLDED)
+@trap(**{":batch_norm": FOLDED})
 class FunctionalLayers(nn.Module):
     """``F.conv2d`` and ``F.batch_norm`` on parameters of the model itself."""
 

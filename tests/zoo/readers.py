@@ -21,8 +21,12 @@ def double_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * 2
 
 
+SEEN: list[float] = []
+
+
 def watch(module: nn.Module, args: Any, output: Tensor) -> None:
-    module.__dict__["seen"] = output
+    """Look at a value without a trace in the model."""
+    SEEN[:] = [output.data_ptr()]
 
 
 def hook(name: str, function: Any) -> Any:

@@ -64,7 +64,7 @@ class SharedNorm(ConvBN):
         return self.bn(self.conv(x)).sigmoid() + self.bn(self.conv2(x)).sigmoid()
 
 
-@trap(bn=Reason.NO_PRODUCER)
+@trap(bn=Reason.EXTRA_CONSUMER)
 class SharedNormOneFree(ConvBN):
     """One norm after a conv and on the input: it cannot go."""
 
@@ -166,7 +166,7 @@ class ConcatOfConvs(ConvBN):
         return self.bn(torch.cat([self.conv(x), self.conv2(x)], 1)).sigmoid()
 
 
-@trap(bn=Reason.NO_PRODUCER)
+@trap(bn=Reason.EXTRA_CONSUMER)
 class ConcatWithInput(ConvBN):
     """DenseNet: one part of the concatenation has no weights to scale."""
 

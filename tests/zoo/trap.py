@@ -69,7 +69,8 @@ def trap(
         def make() -> nn.Module:
             torch.manual_seed(0)
             model = randomize_norms(build().to(dtype).eval(), positive=positive)
-            return model if prepare is None else prepare(model) or model
+            prepared = None if prepare is None else prepare(model)
+            return prepared if isinstance(prepared, nn.Module) else model
 
         key = name or build.__name__
         assert key not in ZOO, key

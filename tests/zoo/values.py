@@ -57,18 +57,19 @@ def near_zero_variance() -> nn.Module:
     return chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
 
 
-@trap(dtype=torch.float16, prepare=spread(1e-7, eps=1e-14), _1=Reason.RANGE)
+@trap(dtype=torch.float16, tolerance=0.0, prepare=spread(0.0, eps=1e-12), _1=Reason.RANGE)
 def out_of_range() -> nn.Module:
-    """The folded weights leave float16."""
-    return chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4).float())
-
-
-@trap(prepare=spread(float("nan")), _1=Reason.NONFINITE)
-def broken_statistics() -> nn.Module:
+    """The folded weights would leave float16; the outputs, behind a sigmoid, do not."""
     return chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
 
 
-@trap(prepare=lambda model: model[1].weight.data.zero_() and None, _1=FOLDED)
+@trap(prepare=lambda model: model[0].bias.data[0].fill_(float("inf")), _1=Reason.NONFINITE)
+def broken_bias() -> nn.Module:
+    """An infinite bias, whose outputs a sigmoid makes finite."""
+    return chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+
+@trap(prepare=lambda model: model[1].weight.data.zero_(), _1=FOLDED)
 def gains_of_zero() -> nn.Module:
     """Dead channels: their weights become zero."""
     return chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
