@@ -83,13 +83,12 @@ def _taker(reached: set[nn.Module], generator: torch.Generator) -> Callable[[nn.
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over every axis but 1, with a floor: a few values of a small map may agree by chance, and a norm
-    that blows up what is left of their difference, layer after layer, makes a network of nothing but rounding."""
+    """Mean and variance over every axis but 1, with a floor that keeps a dead channel from exploding."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     var, mean = torch.var_mean(x, axes, correction=0)
     if x.numel() == x.shape[1]:
         var = torch.full_like(mean, mean.square().mean().item())
-    return mean, torch.maximum(var, 0.05 * (var + mean.square()).maximum(var.mean()) + 1e-6)
+    return mean, torch.maximum(var, 0.01 * mean.square() + 0.05 * var.mean() + 1e-6)
 
 
 def _set(norm: Any, mean: Tensor, var: Tensor, generator: torch.Generator) -> None:

@@ -145,6 +145,14 @@ class Network:
         made = [picture(shape, generator) for shape in self.shapes]
         return made if self.listed else tuple(made)
 
+    def calibration(self, seed: int) -> Any:
+        """Return more pictures than :meth:`inputs` has: on a map of one pixel, two pictures are no statistics."""
+        generator = torch.Generator().manual_seed(seed)
+        pictures = 16 if max(self.shapes[0]) < 128 else 4
+        if self.listed:
+            return [picture(self.shapes[0], generator) for _ in range(pictures)]
+        return tuple(picture((pictures, *shape[1:]), generator) for shape in self.shapes)
+
 
 def picture(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Return soft blobs with a little noise, in about 0 to 1.

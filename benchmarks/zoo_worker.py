@@ -41,7 +41,7 @@ def prepare(network: zoo_networks.Network) -> tuple[zoo_tools.Subject, dict[str,
     torch.manual_seed(SEED)
     model = network.build().double().eval()
     inputs, others = network.inputs(SEED), network.inputs(SEED + 1)
-    zoo_calibrate.calibrate(model, inputs, SEED)
+    zoo_calibrate.calibrate(model, network.calibration(SEED + 2), SEED)
     expected, expected_others = zoo_outputs.results(model, inputs), zoo_outputs.results(model, others)
     noise = zoo_outputs.noise(model, ((inputs, expected), (others, expected_others)))
     subject = zoo_tools.Subject(

@@ -6,19 +6,24 @@ import collections
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from normfuse import surgery
 from normfuse.base import Pass
 from normfuse.capture import unwrap
+from normfuse.deploy import manifest_of
 from normfuse.errors import VerificationError
 from normfuse.graph import Inputs
 from normfuse.passes import PASSES
 from normfuse.pipeline import Result, Selection, run
 from normfuse.report import Report
-from normfuse.verify import Tolerance, verify
+from normfuse.verify import Tolerance
+from normfuse.verify import verify as compare
+
+if TYPE_CHECKING:
+    from normfuse.lowering import DynamicAxes, Precision
 
 __all__ = ["EXACT_PASSES", "apply", "export", "fold", "fold_bn", "inspect"]
 
@@ -92,12 +97,12 @@ def inspect(
 ) -> Report:
     """Say what the passes would do with each norm, and why not where they would not; changes nothing.
 
-    The passes run on a copy of the modules that shares the model's tensors, so the answer is what a run would do.
+    The passes run on a copy of the model, so the answer is what a run would do.
 
     Raises:
         CaptureError: As for :func:`fold`.
     """
-    scratch = surgery.copy_structure(unwrap(model))
+    scratch = surgery.copy(unwrap(model))
     return _run(scratch, passes, example_inputs, True, include, exclude, duplicate_shared).report
 
 
@@ -116,7 +121,7 @@ def apply(
 
     Args:
         model: As for :func:`fold`.
-        passes: Names such as ``"fold-bn"`` (see :data:`normfuse.passes.PASSES`), or :class:`normfuse.base.Pass` objects.
+        passes: Names such as ``"fold-bn"`` (:data:`normfuse.passes.PASSES` has them), or pass objects.
         example_inputs: As for :func:`fold`; needed for ``tolerance``.
         inplace: As for :func:`fold`.
         include: As for :func:`fold`.
@@ -134,35 +139,60 @@ def apply(
     result = _run(model, passes, example_inputs, inplace, include, exclude, duplicate_shared)
     _tell(result.report)
     if tolerance is not None and example_inputs is not None:
-        comparison = verify(unwrap(model), result.model, example_inputs, tolerance=tolerance)
+        comparison = compare(unwrap(model), result.model, example_inputs, tolerance=tolerance)
         if not comparison:
             raise VerificationError(f"the result leaves the tolerance: {comparison}", comparison)
     return result
 
 
 def export(
-    model: nn.Module, path: str | Path, *, example_inputs: Inputs, fold_bn: bool = True, **options: Any
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Inputs,
+    fold_bn: bool = True,
+    dynamic_axes: DynamicAxes | None = None,
+    opset: int | None = None,
+    precision: Precision = "fp32",
+    verify: bool = True,
 ) -> Report:
     """Fold a copy of the model, write it to ``path`` and verify the written file; the format follows the extension.
 
     Args:
-        model: Any module; it is not changed.
+        model: Any module; it is not changed. A folded model is written as it is.
         path: Where to write; ``.onnx``.
         example_inputs: As for :func:`fold`.
-        fold_bn: Whether to fold first. Without it, the file keeps its BatchNormalization nodes.
-        options: Those of :func:`normfuse.lowering.export`: ``dynamic_axes``, ``opset``, ``precision``, ``verify``.
+        fold_bn: Whether to run every exact pass first. Without it, the file keeps its BatchNormalization nodes.
+        dynamic_axes: Axes of any size, by input: see :func:`normfuse.lowering.onnx.export_onnx`.
+        opset: The version of the ONNX operators; the exporter's, if None.
+        precision: The floating-point type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        verify: Whether to run the file in ONNX Runtime against a float64 run of the model.
 
     Returns:
-        The report of the fold.
+        The report of the fold; empty where nothing was to fold.
 
     Raises:
         LoweringError: The model cannot be written in this format.
         VerificationError: The written file does not reproduce the model; it is removed.
         MissingDependencyError: A package that the format needs is not installed.
     """
-    from normfuse.lowering import export as lower_and_verify
+    from normfuse.lowering import export as write
 
-    return lower_and_verify(unwrap(model), path, example_inputs=example_inputs, fold_bn=fold_bn, **options).report
+    def folded(source: nn.Module) -> Result[nn.Module]:
+        return apply(source, EXACT_PASSES, example_inputs=example_inputs)
+
+    result = write(
+        unwrap(model),
+        path,
+        example_inputs=example_inputs,
+        fold_bn=fold_bn,
+        fold=None if manifest_of(model) else folded,
+        dynamic_axes=dynamic_axes,
+        opset=opset,
+        precision=precision,
+        verify=verify,
+    )
+    return result.report or Report(())
 
 
 def _run(

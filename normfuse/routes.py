@@ -296,10 +296,11 @@ def _require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
     owner, _, attribute = name.rpartition(".")
     old = getattr(graph.module(owner), attribute, None)
     like = old if isinstance(old, Tensor) else next(iter(graph.module(owner).parameters(recurse=False)))
-    if not bool(torch.isfinite(value).all()):
+    ends = torch.stack(value.aminmax()) if value.numel() else value
+    if not bool(torch.isfinite(ends).all()):
         raise Refused(Reason.NONFINITE, f"{name} would hold NaN or infinity")
-    if not bool(torch.isfinite(value.to(like.dtype)).all()):
-        largest = float(value.abs().max())
+    if not bool(torch.isfinite(ends.to(like.dtype)).all()):
+        largest = float(ends.abs().max())
         raise Refused(Reason.RANGE, f"{name} would reach {largest:.3g}, beyond {like.dtype}", "fold in float32")
 
 

@@ -176,16 +176,27 @@ def _add_back(node: fx.Node, op: Operation, wanted: AffineMap, graph: ModelGraph
     left, right = values
     _require(left is not right, op)
     signs = (1.0, -1.0 if op.name == "sub" else 1.0)
-    ways = []
-    for shifted in (0, 1):
-        way: Way = []
-        for position, (value, sign) in enumerate(zip((left, right), signs, strict=True)):
-            m = AffineMap(wanted.scale, wanted.shift * sign) if position == shifted else wanted.only_scale()
-            way.append((value, _fit(m, value, op, graph)))
-        ways.append(way)
-        if not wanted.has_shift:
-            break
-    return ways
+
+    def shifting(position: int) -> Way:
+        scaled = wanted.only_scale()
+        shifted = AffineMap(wanted.scale, wanted.shift * signs[position])
+        return [(v, _fit(shifted if i == position else scaled, v, op, graph)) for i, v in enumerate((left, right))]
+
+    return _possible([lambda: shifting(0), lambda: shifting(1)] if wanted.has_shift else [lambda: shifting(0)])
+
+
+def _possible(ways: list[Callable[[], Way]]) -> list[Way]:
+    """Return the ways that do not refuse, or raise the first refusal where all do."""
+    found: list[Way] = []
+    refusals: list[Refused] = []
+    for way in ways:
+        try:
+            found.append(way())
+        except Refused as refused:
+            refusals.append(refused)
+    if not found:
+        raise refusals[0]
+    return found
 
 
 def _add_forward(node: fx.Node, op: Operation, origin: fx.Node, given: AffineMap, graph: ModelGraph) -> AffineMap:
@@ -204,30 +215,26 @@ def _add_forward(node: fx.Node, op: Operation, origin: fx.Node, given: AffineMap
 
 def _multiply_back(node: fx.Node, op: Operation, wanted: AffineMap, graph: ModelGraph) -> list[Way]:
     values = _operands(op)
-    _require(op.name == "mul" or isinstance(values[0], fx.Node), op)
-    ways: list[Way] = []
-    for position, value in enumerate(values):
-        if not isinstance(value, fx.Node) or (op.name == "div" and position == 1):
-            continue
-        other = values[1 - position]
-        _require(other is not value, op)
+    _require(op.args.get("rounding_mode") is None, op)
+
+    def into(position: int) -> Way:
+        value, other = values[position], values[1 - position]
+        _require(isinstance(value, fx.Node) and other is not value and (op.name == "mul" or position == 0), op)
         factor = _factor(other, op, graph)
-        if graph.is_constant(value):
-            if not wanted.has_shift:
-                ways.append([(value, _fit(wanted, value, op, graph))])
-        elif factor is not None:
-            ways.insert(0, [(value, _fit(_unscale_shift(wanted, factor, op), value, op, graph))])
-        elif not wanted.has_shift:
-            ways.append([(value, _fit(wanted, value, op, graph))])
-    if not ways:
-        raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}, which multiplies two activations")
-    return ways
+        if wanted.has_shift and (factor is None or graph.is_constant(value)):
+            text = f"a shift cannot pass {op.label}, which multiplies two activations"
+            raise Refused(Reason.OPAQUE_OPERATION, text)
+        return [(value, _fit(wanted if factor is None else _unscale_shift(wanted, factor, op), value, op, graph))]
+
+    ahead = isinstance(values[0], fx.Node) and graph.is_constant(values[0])  # better into the activation than into that
+    return _possible([lambda: into(1), lambda: into(0)] if ahead else [lambda: into(0), lambda: into(1)])
 
 
 def _multiply_forward(node: fx.Node, op: Operation, origin: fx.Node, given: AffineMap, graph: ModelGraph) -> AffineMap:
     values = _operands(op)
     others = [v for v in values if v is not origin]
     _require(len(others) == 1 and (op.name == "mul" or values[0] is origin), op)
+    _require(op.args.get("rounding_mode") is None, op)
     factor = _factor(others[0], op, graph)
     if factor is None and given.has_shift:
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}, which multiplies two activations")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import copy as copying
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -40,17 +41,6 @@ def copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copying.deepcopy(model, memo)
-
-
-def copy_structure(model: nn.Module) -> nn.Module:
-    """Return a copy with its own modules that shares every tensor with ``model``; edits on it replace, never write."""
-    memo: dict[int, Any] = {id(t): t for m in model.modules() for t in _tensors_of(m)}
-    return copying.deepcopy(model, memo)
-
-
-def _tensors_of(module: nn.Module) -> Iterable[Tensor]:
-    tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-    return [value for table in tables for value in table.values() if isinstance(value, Tensor)]
 
 
 # tensors
@@ -139,17 +129,14 @@ def _class(path: str) -> Any:
 def _replace(root: nn.Module, edit: Edit) -> None:
     old = root.get_submodule(edit["path"])
     new = build(root, edit["module"])
-    for tensor in (*old.parameters(), *old.buffers(), *root.parameters()):
-        if tensor.is_floating_point():
-            _like(new, edit["module"], tensor)
-            break
-    for name in module_names(root)[id(old)]:
-        parent, _, child = name.rpartition(".")
-        owner = root.get_submodule(parent)
-        if isinstance(owner, nn.Sequential | nn.ModuleList) or child in owner._modules:
-            owner._modules[child] = new
-        else:
-            setattr(owner, child, new)
+    tensors = itertools.chain(old.parameters(), old.buffers(), root.parameters())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    if like is not None:
+        _like(new, edit["module"], like)
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def _like(module: nn.Module, spec: Spec, tensor: Tensor) -> None:

@@ -69,13 +69,15 @@ class Materialize(Pass):
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
         """Work out the value, and refuse where the model would not come out the same."""
+        site = match.payload
         try:
-            if isinstance(match.payload, _Parametrized):
-                _require_fixed(match.subject, match.payload, graph)
-                return replace(match, partners=(match.payload.module,))
-            return replace(match, partners=(match.payload.module,), payload=_as_plain_layer(match.payload, graph))
+            if isinstance(site, _OwnForward):
+                site = _as_plain_layer(site, graph)
+            else:
+                _require_fixed(match.subject, site, graph)
         except Refused as refused:
             return refused.refusal
+        return replace(match, partners=(site.module,) if site.module else (), payload=site)
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Replace the tensor, and what computed it."""

@@ -16,7 +16,13 @@ import click
 
 import normfuse
 
-COMMANDS = ("inspect", "fold", "export", "verify", "doctor")
+COMMANDS = {  # written here, so that a list of the commands loads none of them
+    "inspect": "Every norm of a model, what folding would do with it, and why not.",
+    "fold": "Every exact pass; a folded model file that loads again.",
+    "export": "Fold, write ONNX, verify the written file.",
+    "verify": "Does B compute what A computes?",
+    "doctor": "Versions, devices, and what works here.",
+}
 
 
 class LazyGroup(click.Group):
@@ -31,6 +37,11 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"normfuse.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run, print an error as one line on standard error, and exit with its code."""

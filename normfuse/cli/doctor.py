@@ -25,7 +25,7 @@ PARTS = {
 }
 
 
-@click.command("doctor", cls=Command, short_help="Versions, devices, and what works here.")
+@click.command("doctor", cls=Command)
 @arguments.output_options
 def command(out: Output) -> None:
     """Show versions and devices, and which parts work on this machine and why not."""

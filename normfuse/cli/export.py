@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from normfuse.pipeline import Result
 
 
-@click.command("export", cls=Command, short_help="Fold, write ONNX, verify the written file.")
+@click.command("export", cls=Command)
 @arguments.model_argument
 @click.option(
     "--fold-bn/--no-fold-bn", default=True, show_default=True, help="Fold first, or keep every norm as a node."

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from normfuse.comparison import Comparison
 
 
-@click.command("fold", cls=Command, short_help="Every exact pass; a folded model file that loads again.")
+@click.command("fold", cls=Command)
 @arguments.model_argument
 @arguments.output_option
 @arguments.loading_options

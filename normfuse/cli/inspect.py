@@ -12,7 +12,7 @@ from normfuse.cli.command import Command
 from normfuse.cli.output import Output
 
 
-@click.command("inspect", cls=Command, short_help="Every norm of a model, what folding would do with it, and why not.")
+@click.command("inspect", cls=Command)
 @arguments.model_argument
 @arguments.loading_options
 @arguments.input_options

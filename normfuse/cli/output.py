@@ -16,6 +16,7 @@ import click
 import normfuse
 
 SCHEMA_VERSION = 1
+WIDTH = 1000
 STYLES = {"applied": "green", "refused": "yellow", "unmatched": "cyan", "not reached": "dim"}
 
 
@@ -41,6 +42,7 @@ class Output:
         self.json_file = json_file
         self.verbose = False
         self.force = False
+        self._status: Any = None
         self.quiet = quiet
         self.no_color = no_color or bool(os.environ.get("NO_COLOR"))
         self.document: dict[str, Any] = {
@@ -81,13 +83,13 @@ class Output:
             return
         from rich.console import Console
 
-        terminal = self.stream.isatty()
-        # Off a terminal a line is a record: it is not wrapped and has no trailing blanks.
-        console = Console(file=self.stream, no_color=self.no_color, width=None if terminal else 1000, highlight=False)
+        # Wide enough for any line: a report that is cut or wrapped at a column is no use to grep, or to copy from.
+        console = Console(file=self.stream, no_color=self.no_color, width=WIDTH, highlight=False)
         with console.capture() as captured:
-            console.print(renderable, soft_wrap=not terminal)
-        self.stream.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
-        self.stream.flush()
+            console.print(renderable)
+        with self._without_status():
+            self.stream.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+            self.stream.flush()
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -97,8 +99,21 @@ class Output:
             return
         from rich.console import Console
 
-        with Console(stderr=True, no_color=self.no_color).status(what):
+        try:
+            with Console(stderr=True, no_color=self.no_color).status(what) as self._status:
+                yield
+        finally:
+            self._status = None
+
+    @contextlib.contextmanager
+    def _without_status(self) -> Iterator[None]:
+        """Take the line that shows progress away for the time of a print."""
+        if self._status is None:
             yield
+            return
+        self._status.stop()
+        yield
+        self._status.start()
 
     def finish(self) -> None:
         """Write the JSON document, if one was asked for."""

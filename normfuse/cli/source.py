@@ -94,7 +94,7 @@ def load(request: Request) -> Source:
     torch.manual_seed(request.seed)
     source = _read(request)
     _check_finite(source)
-    if any(module.training for module in source.model.modules()):
+    if source.path and any(module.training for module in source.model.modules()):
         source.notes.append("the model was saved in training mode; what is worked on is its eval form")
     for module in source.model.modules():
         module.training = False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from normfuse.comparison import Comparison
 
 
-@click.command("verify", cls=Command, short_help="Does B compute what A computes?")
+@click.command("verify", cls=Command)
 @click.argument("model", metavar="A")
 @click.argument("candidate", metavar="B")
 @click.option("--inputs", "--input", "input_file", type=arguments.FILE, help="Inputs as .npz or .npy.")

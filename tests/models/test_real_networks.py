@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import normfuse
 from benchmarks import real_networks
 from normfuse import Reason, Report, Status
-from tests.parity import assert_parity, error, outputs, randomize_norms
+from tests.parity import assert_parity, outputs, randomize_norms
 
 pytestmark = pytest.mark.models
 
@@ -46,7 +47,7 @@ class TestTrainedOnImages:
         assert folded_count(normfuse.inspect(build())) == count
 
     def test_same_function_in_double(self, build, count):
-        source, images = build().double(), pictures()[:2].double()
+        source, images = build().double(), pictures()[:1].double()
         result = normfuse.apply(source, normfuse.api.EXACT_PASSES, example_inputs=images)
         assert folded_count(result.report) == count
         assert not any(isinstance(module, nn.BatchNorm2d) for module in result.model.modules())
@@ -166,14 +167,12 @@ def test_architecture(package: str, name: str, count: str):
 
 
 def test_detector():
-    """Two of its norms follow each other's convolution in the backbone, others in the pyramid and in the box head."""
+    """Judged part by part: the boxes are sorted by score, and equal scores have no order."""
     source = randomize_norms(classifier("torchvision", "fasterrcnn_resnet50_fpn_v2"), positive=True).double().eval()
     images = [torch.rand(3, 64, 64, dtype=torch.float64)]
     source.transform.min_size, source.transform.max_size = (64,), 64
     result = normfuse.apply(source, ["fold-bn"], example_inputs=(images,))
     assert folded_count(result.report) == "65 of 65"
-    features = [model.backbone(images[0][None]) for model in (source, result.model)]
-    for expected, found in zip(*(list(maps.values()) for maps in features), strict=True):
-        assert error(expected, found) < 1e-10
     pooled = torch.randn(2, 256, 7, 7, dtype=torch.float64)
+    assert_parity(source.backbone, result.model.backbone, images[0][None])
     assert_parity(source.roi_heads.box_head, result.model.roi_heads.box_head, pooled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ X = torch.linspace(-2, 3, 2 * 4 * 9 * 9, dtype=torch.float64).reshape(2, 4, 9, 9
 Make = Callable[[], nn.Module]
 
 
-def old_weight_norm(layer: nn.Module, **options: int) -> nn.Module:
+def old_weight_norm(layer: nn.Module, **options: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return weight_norm(layer, **options)
@@ -58,24 +59,24 @@ def only(result: normfuse.Result, subject: str) -> Outcome:
     return outcome
 
 
-def conv(**options: int) -> nn.Conv2d:
+def conv(**options: Any) -> nn.Conv2d:
     return nn.Conv2d(4, 6, 3, padding=1, **options)
 
 
 class StandardizedConv(nn.Conv2d):
     """Weight standardization as the paper's own code writes it."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
         std = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
         return nn.functional.conv2d(
-            x, weight / std.expand_as(weight), self.bias, self.stride, self.padding, self.dilation, self.groups
+            input, weight / std.expand_as(weight), self.bias, self.stride, self.padding, self.dilation, self.groups
         )
 
 
 class PositiveLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.exp(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.exp(), self.bias)
 
 
 class Double(nn.Module):
@@ -145,6 +146,21 @@ def test_no_inputs_needed(make: Make):
     result = materialized(model, None)
     assert len(result.report.applied) == 1
     assert_same(model, result.model)
+
+
+@pytest.mark.parametrize("name", ["weight norm", "old spectral norm", "standardized"])
+def test_model_of_one_layer(name: str):
+    model = randomised(COMPUTED[name]())
+    result = materialized(model)
+    assert only(result, "weight").status is Status.APPLIED
+    assert_same(model, result.model)
+
+
+def test_excluded_layer_stays():
+    model = randomised(nn.Sequential(parametrizations.weight_norm(conv())))
+    result = normfuse.apply(model, ["materialize"], example_inputs=X, exclude=["0"])
+    assert parametrize.is_parametrized(result.model.get_submodule("0"))
+    assert not result.report.applied
 
 
 def test_training_mode_does_not_iterate():
@@ -265,19 +281,19 @@ def test_refuses_another_value_at_each_call():
 class Padded(StandardizedConv):
     """Standardizes, and pads as far as the input needs it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        missing = -x.shape[-1] % 2 if self.training else (x.shape[-1] - 1) % 2
-        return super().forward(nn.functional.pad(x, (0, missing)) if missing else x + 1)
+    def forward(self, input: Tensor) -> Tensor:
+        missing = -input.shape[-1] % 2 if self.training else (input.shape[-1] - 1) % 2
+        return super().forward(nn.functional.pad(input, (0, missing)) if missing else input + 1)
 
 
 class OtherStride(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.conv2d(x, self.weight.tanh(), self.bias, 2, self.padding)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(input, self.weight.tanh(), self.bias, 2, self.padding)
 
 
 class Reshaped(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.repeat(2, 1))
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.repeat(2, 1))
 
 
 @pytest.mark.parametrize("layer", [Padded(4, 6, 3), OtherStride(4, 6, 3), Reshaped(9, 5, bias=False)])
@@ -328,9 +344,9 @@ def test_timm_standardized_convolutions(name: str, stride: int, size: int):
     model, x = make(), torch.randn(2, 4, size, size, dtype=torch.float64)
     result = normfuse.apply(model, ["materialize", "fold-bn"], example_inputs=x)
     assert [o.status for o in result.report.outcomes] == [Status.APPLIED] * 2
-    dynamic = name.endswith("Same") and stride > 1
-    assert type(result.model[0]).__name__ == ("Conv2dSame" if dynamic else "Conv2d")
-    assert sorted(dict(result.model[0].named_parameters())) == ["bias", "weight"]
+    dynamic, layer = name.endswith("Same") and stride > 1, result.model.get_submodule("0")
+    assert type(layer).__name__ == ("Conv2dSame" if dynamic else "Conv2d")
+    assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
     for other in (x, torch.randn(1, 4, size + 3, size + 4, dtype=torch.float64)):
         assert_same(model, result.model, other)
 
