@@ -88,6 +88,7 @@ class Match:
         layer: Class name of the subject, ``"BatchNorm2d"``.
         norm: Whether the subject is a normalization layer.
         partners: Qualified names of the layers that take part, known after ``check`` for the folding passes.
+        remains: Whether the norm stays and only lost a part, its gain and shift.
         absorbed: ``(name, layer)`` of norms that vanish with the subject, where that is not itself a norm.
         payload: What ``check`` worked out for ``apply``, private to the pass.
     """
@@ -96,6 +97,7 @@ class Match:
     layer: str
     norm: bool = True
     partners: tuple[str, ...] = ()
+    remains: bool = False
     absorbed: tuple[tuple[str, str], ...] = ()
     payload: Any = field(default=None, compare=False, repr=False)
 

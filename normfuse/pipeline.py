@@ -144,7 +144,9 @@ def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _R
     refusal = None if isinstance(answer, Match) else answer
     partners = answer.partners if isinstance(answer, Match) else match.partners
     status = Status.APPLIED if done else Status.REFUSED
-    state.outcomes[name, match.norm] = Outcome(one.name, status, name, match.layer, match.norm, partners, refusal)
+    state.outcomes[name, match.norm] = Outcome(
+        one.name, status, name, match.layer, match.norm, partners, refusal, done and match.remains
+    )
     for norm, layer in answer.absorbed if isinstance(answer, Match) else ():
         state.outcomes[norm, True] = Outcome(one.name, status, norm, layer, True, (name,))
 
@@ -154,7 +156,7 @@ def _report(inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, no
     about_norms = [state.outcomes.get((norm.name, True)) or _left(norm) for norm in inventory]
     known = {norm.name for norm in inventory}
     others = [o for (name, is_norm), o in state.outcomes.items() if not is_norm or name not in known]
-    return Report((*about_norms, *others), tuple(one.name for one in passes), notes)
+    return Report((*about_norms, *others), tuple(dict.fromkeys(one.name for one in passes)), notes)
 
 
 def _left(norm: norms.Norm) -> Outcome:

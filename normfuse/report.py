@@ -37,6 +37,7 @@ class Outcome:
         norm: Whether it is a normalization layer; each of those is in a report once.
         partners: The layers that absorbed it, or took part.
         refusal: Why not, where it was refused or not matched.
+        remains: Whether an applied norm stays, without its gain and shift.
     """
 
     pass_name: str
@@ -46,6 +47,7 @@ class Outcome:
     norm: bool = True
     partners: tuple[str, ...] = ()
     refusal: Refusal | None = None
+    remains: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON-ready values: keys ``norm, producer, action, reason, ...`` are stable."""
@@ -59,12 +61,14 @@ class Outcome:
             "reason": self.refusal.reason.name if self.refusal else None,
             "detail": self.refusal.detail if self.refusal else None,
             "hint": self.refusal.hint if self.refusal else None,
+            "remains": self.remains,
         }
 
     def line(self) -> tuple[str, str, str]:
         """Return ``(status, what, why)``, the columns of a printed report."""
         what = f"{', '.join(self.partners)} <- {self.subject}" if self.partners else self.subject
-        return self.status.value, what, str(self.refusal) if self.refusal else ""
+        why = "gain and shift moved, the norm remains" if self.remains else ""
+        return self.status.value, what, str(self.refusal) if self.refusal else why
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +113,11 @@ class Report:
     def summary(self) -> str:
         """Return one line: ``"fold-bn: 51 of 53 norms folded, 2 refused (2 extra consumer)"``."""
         norms = self.norms
-        done = sum(o.status is Status.APPLIED for o in norms)
-        parts = [f"{done} of {len(norms)} norms folded"]
+        done = [o for o in norms if o.status is Status.APPLIED]
+        moved = sum(o.remains for o in done)
+        parts = [f"{len(done) - moved} of {len(norms)} norms folded"]
+        if moved:
+            parts.append(f"{moved} without gain and shift")
         for status in (Status.REFUSED, Status.UNMATCHED, Status.NOT_REACHED):
             left = [o for o in norms if o.status is status]
             if left:

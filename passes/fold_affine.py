@@ -54,7 +54,7 @@ class FoldAffine(Pass):
         for norm in found:
             answer = _gain_of(norm, graph)
             if answer is not None:
-                yield Match(norm.name, norm.layer, payload=answer)
+                yield Match(norm.name, norm.layer, remains=True, payload=answer)
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
         """Find a route, and work out the new tensors."""
@@ -86,7 +86,7 @@ class FoldAffine(Pass):
 
 def _match(gain: Gain, graph: ModelGraph) -> Match:
     if gain.norm is not None:
-        return Match(gain.norm.name, gain.norm.layer, payload=gain)
+        return Match(gain.norm.name, gain.norm.layer, remains=True, payload=gain)
     owner = graph.module(gain.module)
     alone = len(list(owner.parameters())) == len(gain.tensors)  # a LayerScale, and not a block that has one
     return Match(gain.module if alone else gain.tensors[0], type(owner).__name__, norm=False, payload=gain)

@@ -21,7 +21,8 @@ def check(net: Net, allowed: bool, trail: list[str]) -> None:
     inputs = tuple(net.examples)
     expected = outputs(net.eval(), inputs)
     (outcome,) = api.apply(net, ["fold-bn"], example_inputs=inputs, inplace=True).report.norms
-    assert max(map(error, expected, outputs(net, inputs))) <= EXACT
+    worst = max(map(error, expected, outputs(net, inputs)))
+    assert worst <= EXACT, f"{' > '.join(trail)} differs by {worst:.3g}"
     assert (outcome.status is Status.APPLIED) == allowed, f"{' > '.join(trail)}: {outcome.refusal or 'folded'}"
 
 

@@ -58,6 +58,10 @@ class Command(click.Command):
                 if verbose:
                     traceback.print_exc()
                 raise failure(error) from error
+            except OSError as error:  # a full disk, a folder that is not the user's: not a bug of ours
+                if verbose or error.strerror is None:
+                    raise
+                raise Failure(f"{error.filename or 'writing'}: {error.strerror}", 1) from error
 
 
 def _pack(params: dict[str, Any], name: str, kind: type[Any]) -> None:

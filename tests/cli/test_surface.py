@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_stack_trace_only_on_request(run, model_file):
     verbose = run(*args, "-v")
     assert "Traceback" in verbose.stderr
     assert verbose.exit_code == 4
+
+
+def test_what_the_system_refuses_is_one_line(refuses, model_file, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.json")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    args = ("inspect", model_file, "--input-shape", "1,3,8,8", "--json", "report.json", "-q")
+    assert "report.json: No space left on device" in refuses(*args, code=1)
 
 
 def test_no_escape_codes_off_a_terminal(run, model_file):
