@@ -120,6 +120,15 @@ BUILD: Mapping[str, Mapping[str, Any]] = {  # what a builder needs to accept 64 
     **{f"torchvision/{name}": {"spatial_size": (64, 64), "temporal_size": 8} for name in ("mvit_v1_b", "mvit_v2_s")},
 }
 
+# Thresholds that let detections of a random network through, and few enough of them to be quick.
+ONE_STAGE: Mapping[str, Any] = {"score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 50}
+TWO_STAGE: Mapping[str, Any] = {
+    "box_score_thresh": 0.0,
+    "box_detections_per_img": 8,
+    "rpn_pre_nms_top_n_test": 100,
+    "rpn_post_nms_top_n_test": 30,
+}
+
 
 @dataclass(frozen=True)
 class Network:
@@ -193,15 +202,14 @@ def _group(module: str) -> str:
 
 
 def _arguments(name: str, group: str) -> dict[str, Any]:
-    """No weights anywhere; small images; thresholds that let detections of a random network through."""
+    """No weights anywhere; small images; few but some detections."""
     arguments: dict[str, Any] = {"weights": None, **BUILD.get(f"torchvision/{name}", {})}
     if group in ("detection", "segmentation"):
         arguments["weights_backbone"] = None
     if group == "quantization":
         arguments["quantize"] = False  # the float network with its stubs; the int8 one has no norms left
     if group == "detection":
-        two_stage = "rcnn" in name
-        arguments["box_score_thresh" if two_stage else "score_thresh"] = 0.0
+        arguments |= TWO_STAGE if "rcnn" in name else ONE_STAGE
         if not name.startswith("ssd"):
             arguments.update(min_size=128, max_size=128)
     if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):

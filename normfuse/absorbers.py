@@ -193,7 +193,7 @@ def absorb_output(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[s
         return _absorb_constant(absorber, weight, m)
     scale, shift = _vectors(m, _channel_axis(absorber, weight, graph), _out_size(absorber, weight), absorber)
     if absorber.kind == "embedding":
-        return {absorber.weight: weight.double() * scale + shift}
+        return {absorber.weight: numerics.exact(weight) * scale + shift}
     if absorber.kind == "norm":
         return _absorb_gain(absorber, weight, scale, shift, m, graph)
     new = numerics.scale_outputs(weight, scale, groups=absorber.groups, transposed=absorber.transposed)
@@ -250,7 +250,7 @@ def _channel_axis(absorber: Absorber, weight: Tensor, graph: ModelGraph) -> int:
 def _absorb_constant(absorber: Absorber, weight: Tensor, m: AffineMap) -> dict[str, Tensor]:
     if absorber.kind == "factor" and m.has_shift:
         raise Refused(Reason.OPAQUE_OPERATION, f"the factor {absorber.name} cannot take a shift")
-    value = weight.double() * m.scale + (0 if absorber.kind == "factor" else m.shift)
+    value = numerics.exact(weight) * m.scale + (0 if absorber.kind == "factor" else m.shift)
     if value.numel() != weight.numel():
         raise Refused(Reason.NOT_CHEAPER, f"{absorber.name} would have to grow from {tuple(weight.shape)}")
     return {absorber.weight: value.reshape(weight.shape)}
@@ -263,7 +263,7 @@ def _absorb_gain(
         raise Refused(Reason.AXIS, f"{absorber.name} normalises over several axes")
     bias = _bias(absorber, graph)
     new_bias = shift if bias is None else scale * bias + shift
-    return _with_bias(absorber, weight.double() * scale, bias, new_bias, graph)
+    return _with_bias(absorber, numerics.exact(weight) * scale, bias, new_bias, graph)
 
 
 def _bias(absorber: Absorber, graph: ModelGraph) -> Tensor | None:
@@ -271,7 +271,7 @@ def _bias(absorber: Absorber, graph: ModelGraph) -> Tensor | None:
         return None
     owner, _, attribute = absorber.bias.rpartition(".")
     value = getattr(graph.module(owner), attribute, None)
-    return value.detach().double() if isinstance(value, Tensor) else None
+    return numerics.exact(value) if isinstance(value, Tensor) else None
 
 
 def _with_bias(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normfuse.base import Reason, Refused
+from normfuse.numerics import exact
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +27,7 @@ class AffineMap:
         """Return the map of two vectors of length C along one axis of an activation of this rank."""
         shape = [1] * rank
         shape[axis] = -1
-        return cls(scale.double().reshape(shape), shift.double().reshape(shape))
+        return cls(exact(scale).reshape(shape), exact(shift).reshape(shape))
 
     @property
     def rank(self) -> int:

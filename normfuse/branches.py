@@ -17,6 +17,7 @@ from torch import Tensor
 
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
+from normfuse.numerics import exact
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +45,7 @@ class Form:
     @classmethod
     def channelwise(cls, scale: Tensor, shift: Tensor) -> Form:
         """Return the form of ``scale * x + shift``, both ``(C,)``."""
-        return cls(None, scale.double(), shift.double())
+        return cls(None, exact(scale), exact(shift))
 
     @classmethod
     def convolution(
@@ -53,7 +54,7 @@ class Form:
     ) -> Form:  # fmt: skip
         """Return the form of a convolution that pads with zeros, each argument as in ``torch.nn.functional.conv2d``."""
         bias = torch.zeros(weight.shape[0]) if bias is None else bias
-        return cls(weight.double(), None, bias.double(), stride, padding, dilation, groups, weight.numel())
+        return cls(exact(weight), None, exact(bias), stride, padding, dilation, groups, weight.numel())
 
     def then(self, scale: Tensor, shift: Tensor) -> Form:
         """Return the form followed by a per-channel map."""
@@ -84,7 +85,8 @@ def add(left: Form, right: Form) -> Form:
     """
     joins = left.joins + right.joins + 1
     if left.weight is None and right.weight is None:
-        assert left.scale is not None and right.scale is not None
+        assert left.scale is not None
+        assert right.scale is not None
         _require_same(left.scale.numel(), right.scale.numel(), "numbers of channels")
         return Form(None, left.scale + right.scale, left.bias + right.bias, joins=joins)
     if left.weight is None:
@@ -95,7 +97,8 @@ def add(left: Form, right: Form) -> Form:
 
 def _as_convolution(channelwise: Form, like: Form) -> Form:
     """Return a per-channel map as a 1x1 convolution with the groups of another."""
-    assert like.weight is not None and channelwise.scale is not None
+    assert like.weight is not None
+    assert channelwise.scale is not None
     out, rank = like.weight.shape[0], like.weight.dim() - 2
     channels = channelwise.scale.numel()
     _require_same(out, channels, "numbers of channels")
@@ -112,7 +115,8 @@ def _as_convolution(channelwise: Form, like: Form) -> Form:
 
 
 def _add_convolutions(left: Form, right: Form, joins: int) -> Form:
-    assert left.weight is not None and right.weight is not None
+    assert left.weight is not None
+    assert right.weight is not None
     _require_same(left.weight.shape[0], right.weight.shape[0], "numbers of channels")
     _require_same(left.weight.shape[1] * left.groups, right.weight.shape[1] * right.groups, "numbers of channels")
     _require_same(left.stride, right.stride, "strides")
@@ -128,7 +132,8 @@ def _add_convolutions(left: Form, right: Form, joins: int) -> Form:
 
 def _common_dilation(left: Form, right: Form) -> tuple[int, ...]:
     """A kernel of one tap has any dilation."""
-    assert left.weight is not None and right.weight is not None
+    assert left.weight is not None
+    assert right.weight is not None
     common = []
     for a, b, size_a, size_b in zip(
         left.dilation, right.dilation, left.weight.shape[2:], right.weight.shape[2:], strict=True

@@ -18,6 +18,7 @@ from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph, function_name
 from normfuse.norms import Norm, ranks
+from normfuse.numerics import exact
 from normfuse.operations import describe
 
 _TRAILING = (nn.LayerNorm, nn.RMSNorm)
@@ -95,7 +96,7 @@ class Gain:
 
     def _values(self, node: fx.Node | None, name: str | None, graph: ModelGraph, neutral: Tensor, rank: int) -> Tensor:
         values = graph.value(node) if node is not None else neutral if name is None else graph.tensor(name).detach()
-        values = values.double()
+        values = exact(values)
         if self.axis is None or values.numel() == 1:
             return values.reshape((1,) * (rank - values.dim()) + tuple(values.shape))
         return AffineMap.along(self.axis, rank, values, values).scale

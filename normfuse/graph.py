@@ -201,6 +201,12 @@ def _is_torch(target: Any) -> bool:
     return module is None or module.split(".")[0] in ("torch", "_operator", "operator", "math", "normfuse")
 
 
+def is_uninitialized(module: nn.Module) -> bool:
+    """Whether a lazy module has not seen an input yet, so that its parameters have no values."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and nn.parameter.is_lazy(tensor) for tensor in tensors)
+
+
 def shape_reads(user: fx.Node, node: fx.Node) -> int:
     """Return how many of a node's occurrences in ``user`` are about its shape or dtype alone."""
     if user.target is getattr:  # a symbolic capture's x.shape

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normfuse import adapters, numerics
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
-from normfuse.graph import ModelGraph, function_name
+from normfuse.graph import ModelGraph, function_name, is_uninitialized
 
 _TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$")
@@ -134,7 +134,7 @@ def _module_affine(name: str, graph: ModelGraph) -> tuple[Tensor, Tensor]:
         return numerics.norm_affine(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
     if not isinstance(module, _NormBase):
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} ({type(module).__name__}) has no rule")
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if is_uninitialized(module):
         raise Refused(Reason.UNINITIALIZED, f"{name} has no values yet", "run the model once")
     if module.running_mean is None or module.running_var is None:
         raise Refused(Reason.BATCH_STATISTICS, f"{name} has no running statistics", "recalibrate it, or leave it")
@@ -218,7 +218,8 @@ _KEEP_RANK = (
     nn.Dropout,
     nn.Dropout2d,
 )
-_KEEP_RANK_FUNCTIONS = frozenset("cat relu gelu silu dropout contiguous add mul sigmoid tanh batch_norm linear".split())
+_KEEP_RANK_FUNCTIONS = ("cat", "relu", "gelu", "silu", "dropout", "contiguous", "add", "mul", "sigmoid", "tanh")
+_KEEP_RANK_FUNCTIONS = (*_KEEP_RANK_FUNCTIONS, "batch_norm", "linear")
 
 
 def norm_nodes(graph: ModelGraph) -> Iterator[Norm]:

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """Return the values in float64 on the CPU, where those of every device meet and every platform has the type."""
+    return tensor.detach().to(device="cpu", dtype=torch.float64)
+
+
 def norm_affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(a, c)``, each ``(C,)`` in float64, of a normalization by fixed statistics ``mean`` and ``var``."""
-    a = torch.rsqrt(var.double() + eps)
+    a = torch.rsqrt(exact(var) + eps)
     if weight is not None:
-        a = a * weight.double()
-    c = -a * mean.double()
-    return a, c if bias is None else c + bias.double()
+        a = a * exact(weight)
+    c = -a * exact(mean)
+    return a, c if bias is None else c + exact(bias)
 
 
 def scale_outputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
@@ -35,7 +40,7 @@ def scale_outputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed:
         groups: Groups of the convolution.
         transposed: Whether the layout is that of a transposed convolution.
     """
-    weight = weight.double()
+    weight = exact(weight)
     if not transposed:
         return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     by_group = weight.reshape(groups, -1, *weight.shape[1:])  # (in, out/g, *k) -> (g, in/g, out/g, *k)
@@ -44,8 +49,8 @@ def scale_outputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed:
 
 
 def scale_inputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-    """Return the float64 weight whose outputs on ``x`` are those of ``weight`` on ``scale * x``; ``scale`` is ``(in,)``."""
-    weight = weight.double()
+    """Return the float64 weight that does on ``x`` what ``weight`` does on ``scale * x``; ``scale`` is ``(in,)``."""
+    weight = exact(weight)
     if transposed:
         return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     by_group = weight.reshape(groups, -1, *weight.shape[1:])  # (out, in/g, *k) -> (g, out/g, in/g, *k)
@@ -55,6 +60,6 @@ def scale_inputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed: 
 
 def output_of_shift(weight: Tensor, shift: Tensor, *, groups: int = 1) -> Tensor:
     """Return ``(out,)``: what a constant input ``shift`` (``(in,)``) adds to every output where no padding is seen."""
-    taps = weight.double().flatten(2).sum(-1) if weight.dim() > 2 else weight.double()  # (out, in/g)
+    taps = exact(weight).flatten(2).sum(-1) if weight.dim() > 2 else exact(weight)  # (out, in/g)
     by_group = taps.reshape(groups, -1, taps.shape[1])
-    return torch.einsum("goi,gi->go", by_group, shift.double().reshape(groups, -1)).reshape(-1)
+    return torch.einsum("goi,gi->go", by_group, exact(shift).reshape(groups, -1)).reshape(-1)

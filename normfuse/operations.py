@@ -1,7 +1,7 @@
 """One vocabulary for layers and functions: ``nn.ReLU``, ``F.relu``, ``torch.relu_`` and ``x.relu()`` are all ``relu``.
 
-An :class:`Operation` names what a node does and holds the few arguments that the rules of :mod:`normfuse.rules` ask for,
-whichever way the model spelled it.
+An :class:`Operation` names what a node does and holds the few arguments that the rules of :mod:`normfuse.rules` ask
+for, whichever way the model spelled it.
 """
 
 from __future__ import annotations

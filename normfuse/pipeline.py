@@ -68,7 +68,7 @@ def run(
     passes: Sequence[Pass],
     *,
     example_inputs: Inputs | None = None,
-    selection: Selection = Selection(),  # noqa: B008 - frozen
+    selection: Selection = Selection(),
     inplace: bool = False,
 ) -> Result[M]:
     """Run passes in order on a model, or on a copy of it, and return it in eval mode with the report.

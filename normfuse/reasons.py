@@ -18,8 +18,8 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "Nothing, unless the other reader can go: the norm is needed where it is.",
     ),
     Reason.BATCH_STATISTICS: (
-        "The norm has no fixed map: it has no running statistics, is called with `training=True`, or was put in training "
-        "mode inside a model in eval mode.",
+        "The norm has no fixed map: it has no running statistics, is called with `training=True`, or was put in "
+        "training mode inside a model in eval mode.",
         "Call `.eval()` on it, or estimate running statistics from data.",
     ),
     Reason.NONZERO_PADDING: (

@@ -18,7 +18,7 @@ from normfuse import absorbers, gather, rules
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refusal, Refused
-from normfuse.graph import ModelGraph, has_hooks, occurrences
+from normfuse.graph import ModelGraph, has_hooks, is_uninitialized, occurrences
 from normfuse.operations import describe
 from normfuse.surgery import Edit
 
@@ -27,8 +27,7 @@ Side = Literal["output", "input"]
 
 @dataclass(slots=True)
 class Plan:
-    """Which absorbers take which maps, call by call, the nodes the route passes, and what it makes of
-    the constants of pads."""
+    """Which absorbers take which maps, call by call; the nodes passed; what becomes of the constants of pads."""
 
     maps: dict[tuple[Absorber, Side], dict[fx.Node, AffineMap]] = field(default_factory=dict)
     passed: list[fx.Node] = field(default_factory=list)
@@ -115,9 +114,9 @@ class Router:
         if not others:
             raise Refused(Reason.EXTRA_CONSUMER, f"{_name(reader)} reads {_name(value)} more than once")
         siblings = [part for node in others for part in self._parts(node)]
-        if gather.is_gather(reader, self.graph) and all(gather.is_gather(part, self.graph) for part in siblings):
-            if gather.shows_apart(reader, siblings, self.graph):
-                return
+        gathers = all(gather.is_gather(part, self.graph) for part in (reader, *siblings))
+        if gathers and gather.shows_apart(reader, siblings, self.graph):
+            return
         other = others[0]
         what = "an output of the model" if other.op == "output" else f"read by {describe(other, self.graph).label}"
         raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is also {what}")
@@ -257,12 +256,13 @@ def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
             hint = "the materialize pass makes it plain"
             raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
         require_saved(absorber.weight, graph)
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if is_uninitialized(module):
         raise Refused(Reason.UNINITIALIZED, f"{owner} has no values yet", "run the model once")
     require_no_hooks(owner, graph)
     tensor = graph.tensor(absorber.weight)
-    if tensor.is_quantized:
-        raise Refused(Reason.QUANTIZED, f"{absorber.weight} is quantized", "fold before quantizing")
+    if tensor.is_quantized or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        detail = f"{absorber.weight} is stored as {type(tensor).__name__}, not as plain numbers"
+        raise Refused(Reason.QUANTIZED, detail, "fold before quantizing")
     if tensor.dtype not in _FLOATS:
         raise Refused(Reason.DTYPE, f"{absorber.weight} is {tensor.dtype}")
 

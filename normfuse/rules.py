@@ -23,6 +23,7 @@ from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
 from normfuse.norms import ranks
+from normfuse.numerics import exact
 from normfuse.operations import Operation
 
 Way = list[tuple[fx.Node, AffineMap]]
@@ -256,7 +257,7 @@ def _factor(other: Any, op: Operation, graph: ModelGraph) -> Tensor | None:
     if isinstance(other, fx.Node) and not graph.is_constant(other):
         _require(op.name == "mul", op)
         return None
-    value = graph.value(other).double() if isinstance(other, fx.Node) else torch.tensor(float(other)).double()
+    value = exact(graph.value(other)) if isinstance(other, fx.Node) else torch.tensor(float(other), dtype=torch.float64)
     return 1 / value if op.name == "div" else value
 
 

@@ -131,4 +131,6 @@ def _from_module(loaded: nn.Module, request: Request) -> LoadedModel:
     if request.arch or request.model is not None:
         request.notes.append("the file holds the model itself; the architecture that was given is not used")
         request.arch = None
+    if any(module.training for module in inner.modules()):
+        request.notes.append("the model was saved in training mode; what is worked on is its eval form")
     return request.done(inner, deploy.manifest_of(inner))

@@ -1,7 +1,7 @@
 """The only code that edits a module: assign tensors, replace a child, change a class; and do it all again from a log.
 
-Each structural edit is a plain dictionary (an *edit*), so that the structure of a folded model can be rebuilt on a fresh
-one of the same architecture without unpickling code. A replacement module is described by a *spec*:
+Each structural edit is a plain dictionary (an *edit*), so that the structure of a folded model can be rebuilt on a
+fresh one of the same architecture without unpickling code. A replacement module is described by a *spec*:
 
     {"class": "torch.nn.modules.conv.Conv2d", "kwargs": {...}}   a new module of one of the classes below
     {"ref": "layer1.0.act"}                                      a module the model has, under its present name
@@ -34,11 +34,16 @@ BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.mo
 
 
 def copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model, also of one that holds computed tensors, which ``copy.deepcopy`` refuses."""
+    """Return a deep copy of a model, also of one that holds what ``copy.deepcopy`` refuses.
+
+    That is computed tensors, and the buffers of a lazy norm before its first call.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, nn.parameter.UninitializedBuffer):
+                memo[id(value)] = nn.parameter.UninitializedBuffer(device=value.device, dtype=value.dtype)
+            elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copying.deepcopy(model, memo)
 

@@ -22,6 +22,7 @@ from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.branches import Form
 from normfuse.graph import ModelGraph, ModuleCall, function_name
 from normfuse.norms import Norm
+from normfuse.numerics import exact
 from normfuse.operations import describe
 from normfuse.routes import require_no_hooks
 from normfuse.scopes import head_before, tail_after
@@ -76,7 +77,6 @@ class MergeBranches(Pass):
         path = region.call.name
         graph.perform({"op": "replace", "path": path, "module": parts[0] if len(parts) == 1 else {"sequential": parts}})
         name = path if len(parts) == 1 else f"{path}.{len(region.head)}"
-        assert weight is not None
         surgery.assign(graph.root.get_submodule, {f"{name}.weight": weight, f"{name}.bias": bias})
 
 
@@ -241,7 +241,7 @@ class _Finder:
         factor = self.graph.value(other) if isinstance(other, fx.Node) else torch.tensor(float(other))
         if shape is None or factor.dim() > len(shape):
             return {}
-        factor = factor.double().reshape((1,) * (len(shape) - factor.dim()) + tuple(factor.shape))
+        factor = exact(factor).reshape((1,) * (len(shape) - factor.dim()) + tuple(factor.shape))
         m = AffineMap(factor, torch.zeros_like(factor))
         return {base: form.map(m) for base, form in self.memo[values[0]].items()}
 

@@ -56,7 +56,7 @@ class Step:
     Attributes:
         run: Called with the value, and with the values of ``others``.
         shape: Of its output.
-        back: The map on its input; for several inputs, those on all of them, as a list.
+        back: The map on its input; or a list of ways, each with the maps on all of its inputs.
         others: Chains that make its further inputs.
     """
 
@@ -105,21 +105,24 @@ def run(steps: list[Step], value: Tensor | None = None) -> Tensor:
     return value
 
 
-def allowed_back(steps: list[Step], m: Map | None) -> bool:
-    """Whether a map wanted on the output of a chain reaches layers that absorb it."""
+def allowed_back(steps: list[Step], m: Map | None, leak: int | None = None) -> bool:
+    """Whether a map wanted on the output of a chain reaches layers that absorb it.
+
+    Args:
+        steps: The chain, from its source on.
+        m: The map.
+        leak: The step whose output is read elsewhere too, so that it may not change.
+    """
     for index in range(len(steps) - 1, -1, -1):
-        if m is None:
-            return False
-        if m.trivial:
-            return True
-        step = steps[index]
-        if step.others:
+        if m is None or m.trivial or index == leak:
+            return m is not None and m.trivial
+        step, before = steps[index], steps[:index]
+        ways = step.back(m)
+        if isinstance(ways, list):
             return any(
-                allowed_back(steps[:index], way[0])
-                and all(allowed_back(o, w) for o, w in zip(step.others, way[1:], strict=True))
-                for way in step.back(m) or []
+                allowed_back(before, way[0], leak) and all(map(allowed_back, step.others, way[1:])) for way in ways
             )
-        m = step.back(m)
+        m = ways
     return m is not None
 
 
@@ -215,8 +218,11 @@ def pointwise(draw: Any, net: Net, shape: Shape) -> Step:
         "minus": (lambda x: x - number, plus(-number)),
     }
     if kind == "vector":
-        net.register_parameter(f"vector{len(net._parameters)}", vector)
-        return Step(kind, lambda x: x * vector, shape, *times(vector.detach()))
+        name = f"vector{len(net._parameters)}"
+        net.register_parameter(name, vector)
+        back, ahead = times(vector.detach())
+        ways = lambda m: [(back(m),), *([] if m.shifts else [(_trivial(shape),)])]  # noqa: E731 - or into the vector
+        return Step(kind, lambda x: x * getattr(net, name), shape, ways, ahead)
     if kind in ("gate", "scalar gate"):
         size = (shape[0], channels if kind == "gate" else 1, *[1] * (len(shape) - 2))
         gate = net.input(torch.randn(size).double())
@@ -281,7 +287,7 @@ def window(draw: Any, net: Net, shape: Shape) -> Step | None:
     elif kind == "reflect":
         run = lambda x: F.pad(x, (1, 1) * n, mode="reflect")  # noqa: E731
     elif kind == "pad":
-        rule, run = scale_only, lambda x: F.pad(x, (1, 0) * n)  # noqa: E731
+        rule, run = scale_only, lambda x: F.pad(x, (1, 0) * n)
     else:
         return _pad_layer(net, getattr(nn, f"ConstantPad{n}d")(1, draw(st.sampled_from([0.0, 1.5]))), shape)
     after = tuple(run(torch.zeros(shape).double()).shape)

@@ -22,12 +22,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import eval_mode
 from normfuse.errors import CaptureError
-from normfuse.graph import Inputs, ModelGraph, ModuleCall, module_names, named_tensors
+from normfuse.graph import Inputs, ModelGraph, ModuleCall, is_uninitialized, module_names, named_tensors
 
 _METADATA = frozenset(
-    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size storage_offset "
-    "get_device type __len__ __hash__ __get__ shape ndim dtype device data_ptr is_pinned has_names is_signed "
-    "is_inference is_conj is_neg is_nonzero_type untyped_storage __repr__ __format__ is_tensor dim_order is_same_size".split()
+    name
+    for line in (
+        "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size",
+        "storage_offset get_device type __len__ __hash__ __get__ data_ptr is_pinned has_names is_signed is_inference",
+        "is_conj is_neg untyped_storage __repr__ __format__ dim_order is_same_size",
+    )
+    for name in line.split()
 )
 
 
@@ -52,7 +56,7 @@ def record(model: nn.Module, example_inputs: Inputs) -> ModelGraph:
 
 def _require_values(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if is_uninitialized(module):
             raise CaptureError(f"{name or 'the model'} ({type(module).__name__}) has no values yet: run the model once")
 
 
@@ -64,6 +68,7 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def training_inside_eval(model: nn.Module) -> frozenset[str]:
+    """Return the names of the modules that are in training mode inside a model in eval mode."""
     return frozenset() if model.training else frozenset(n for n, m in model.named_modules() if m.training)
 
 

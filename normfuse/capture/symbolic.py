@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -119,9 +120,9 @@ class _Tracer(fx.Tracer):
 
 
 def _nodes(value: Any) -> tuple[fx.Node, ...]:
-    found: list[fx.Node] = []
-    fx.node.map_aggregate(value, lambda item: found.append(item.node) if isinstance(item, fx.Proxy) else None)
-    return tuple(found)
+    proxies: list[fx.Proxy] = []
+    map_aggregate(value, lambda item: proxies.append(item) if isinstance(item, fx.Proxy) else None)
+    return tuple(proxy.node for proxy in proxies if isinstance(proxy.node, fx.Node))
 
 
 def _trace_part(module: nn.Module, names: _Names) -> _Tracer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -143,11 +144,13 @@ class TestCrepe:
             assert real_networks.hertz(pitches) == pytest.approx(441.5, abs=0.05)
 
 
-def classifier(package: str, name: str) -> nn.Module:
+def architecture(package: str, name: str, **options: Any) -> nn.Module:
+    """Return an untrained network in float64, its norms randomised."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     module = importlib.import_module(package)
-    return module.create_model(name) if package == "timm" else module.models.get_model(name)
+    build = module.create_model if package == "timm" else module.models.get_model
+    return randomize_norms(build(name, **options), positive=True).double().eval()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def classifier(package: str, name: str) -> nn.Module:
     ],
 )
 def test_architecture(package: str, name: str, count: str):
-    source = randomize_norms(classifier(package, name), positive=True).double()
+    source = architecture(package, name)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     result = normfuse.apply(source, ["fold-bn"], example_inputs=images)
     assert folded_count(result.report) == count
@@ -168,11 +171,10 @@ def test_architecture(package: str, name: str, count: str):
 
 def test_detector():
     """Judged part by part: the boxes are sorted by score, and equal scores have no order."""
-    source = randomize_norms(classifier("torchvision", "fasterrcnn_resnet50_fpn_v2"), positive=True).double().eval()
+    options = {"weights_backbone": None, "min_size": 64, "max_size": 64}
+    source = architecture("torchvision", "fasterrcnn_resnet50_fpn_v2", **options)
     images = [torch.rand(3, 64, 64, dtype=torch.float64)]
-    source.transform.min_size, source.transform.max_size = (64,), 64
     result = normfuse.apply(source, ["fold-bn"], example_inputs=(images,))
     assert folded_count(result.report) == "65 of 65"
-    pooled = torch.randn(2, 256, 7, 7, dtype=torch.float64)
-    assert_parity(source.backbone, result.model.backbone, images[0][None])
-    assert_parity(source.roi_heads.box_head, result.model.roi_heads.box_head, pooled)
+    for part, values in (("backbone", images[0][None]), ("roi_heads.box_head", torch.randn(2, 256, 7, 7).double())):
+        assert_parity(source.get_submodule(part), result.model.get_submodule(part), values)

@@ -1,0 +1,209 @@
+"""``fold-bn`` over every kind of convolution, and every reason it refuses for."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse
+from normfuse import api
+from normfuse.base import Reason
+from normfuse.report import Outcome, Status
+from tests.parity import assert_parity, randomize_norms
+from tests.zoo import ZOO, layers, sharing
+from tests.zoo.trap import image
+
+CONVS = [
+    *itertools.product(["Conv"], [1, 2, 3], [1, 2, 4], ["zeros", "reflect", "replicate", "circular"]),
+    *itertools.product(["ConvTranspose"], [1, 2, 3], [1, 2, 4], ["zeros"]),
+]
+LAYOUTS = {1: [torch.contiguous_format], 2: [torch.contiguous_format, torch.channels_last],
+           3: [torch.contiguous_format, torch.channels_last_3d]}  # fmt: skip
+ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""What one more rounding of each weight may do to an output, relative to the largest one."""
+
+
+def outcome(model: nn.Module, inputs: Any, **options: Any) -> Outcome:
+    """Return what became of the only norm of a model."""
+    (only,) = normfuse.inspect(model, example_inputs=inputs, **options).norms
+    return only
+
+
+def reason(model: nn.Module, inputs: Any, **options: Any) -> Reason | None:
+    found = outcome(model, inputs, **options)
+    return found.refusal.reason if found.refusal else None
+
+
+def conv_and_norm(kind: str, dims: int, groups: int, padding: str, *, bias: bool, affine: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    conv = getattr(nn, f"{kind}{dims}d")(4, 8, 3, stride=2, padding=1, groups=groups, bias=bias, padding_mode=padding)
+    norm = getattr(nn, f"BatchNorm{dims}d")(8, affine=affine)
+    return randomize_norms(nn.Sequential(conv, norm).double().eval())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("kind", "dims", "groups", "padding"), CONVS)
+def test_every_convolution(kind: str, dims: int, groups: int, padding: str):
+    """With and without bias and affine, in every memory format: exact in float64."""
+    for bias, affine, layout in itertools.product([True, False], [True, False], LAYOUTS[dims]):
+        model = conv_and_norm(kind, dims, groups, padding, bias=bias, affine=affine).to(memory_format=layout)  # type: ignore[call-overload]
+        inputs = image(2, 4, *[5] * dims).contiguous(memory_format=layout)
+        result = api.apply(model, ["fold-bn"], example_inputs=inputs)
+        assert isinstance(result.model[1], nn.Identity)
+        assert_parity(model, result.model, inputs)
+        assert result.model[0].weight.stride() == model[0].weight.stride()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("kind", "dims", "groups", "padding"), [c for c in CONVS if c[3] in ("zeros", "circular")])
+def test_every_convolution_in_lower_precision(kind: str, dims: int, groups: int, padding: str, dtype: torch.dtype):
+    """Folded in float64 and rounded once: the weights, run in float64, are as close as that rounding allows."""
+    model = conv_and_norm(kind, dims, groups, padding, bias=True, affine=True).to(dtype)
+    inputs = image(2, 4, *[5] * dims)
+    folded = api.fold_bn(model, example_inputs=inputs.to(dtype))
+    assert {p.dtype for p in folded.parameters()} == {dtype}
+    assert isinstance(folded[1], nn.Identity)
+    assert_parity(model.double(), folded.double(), inputs, tolerance=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *ROUNDING], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_linear(dtype: torch.dtype, bias: bool, affine: bool):
+    model = nn.Sequential(nn.Linear(5, 6, bias=bias), nn.BatchNorm1d(6, affine=affine)).to(dtype).eval()
+    randomize_norms(model)
+    folded = api.fold_bn(model, example_inputs=image(3, 5, dtype=dtype))
+    assert isinstance(folded[1], nn.Identity)
+    assert_parity(model.double(), folded.double(), image(3, 5), tolerance=ROUNDING.get(dtype))
+
+
+# what is left where the norm was
+
+
+def test_activation_of_a_norm_class_stays():
+    model = ZOO["norm_with_activation"].build()
+    folded = api.fold_bn(model, example_inputs=image())
+    assert not any(isinstance(m, nn.modules.batchnorm._NormBase) for m in folded.modules())
+    assert any(isinstance(m, nn.ReLU) for m in folded.modules())
+
+
+def test_functional_norm_becomes_neutral_and_is_not_folded_again():
+    model = ZOO["FunctionalLayers"].build()
+    folded = api.fold_bn(model, example_inputs=image())
+    assert torch.equal(folded.get_buffer("running_mean"), torch.zeros(4).double())
+    assert reason(folded, image()) is Reason.NOT_CHEAPER
+
+
+def test_norm_under_two_names_goes_from_both():
+    folded = api.fold_bn(ZOO["NormUnderTwoNames"].build(), example_inputs=image())
+    assert isinstance(folded.bn, nn.Identity)
+    assert folded.alias is folded.bn
+
+
+def test_partners_name_the_layers_that_absorb():
+    report = normfuse.inspect(ZOO["ConcatOfConvs"].build(), example_inputs=image())
+    assert report.applied[0].partners == ("conv", "conv2")
+
+
+# reasons that need more than a model and an input
+
+
+class EightBit(Tensor):
+    """A weight kept in eight bits, as quantization libraries make them: a tensor subclass that reads as floats."""
+
+    codes: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> EightBit:
+        self = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float64)  # type: ignore[attr-defined]
+        self.codes = codes
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        plain = [a.codes.double() / 64 if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> nn.Parameter:
+        return nn.Parameter(EightBit(self.codes.clone()), requires_grad=False)
+
+
+def test_quantized_weight():
+    model = layers.chain(nn.Linear(4, 4), nn.BatchNorm1d(4)).double().eval()
+    model[0].weight = nn.Parameter(EightBit(torch.randint(-99, 99, (4, 4), dtype=torch.int8)), requires_grad=False)
+    randomize_norms(model[1])
+    assert reason(model, image(3, 4)) is Reason.QUANTIZED
+
+
+def test_lazy_layer_without_values():
+    model = layers.chain(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(normfuse.CaptureError, match=r"0 \(LazyConv2d\) has no values yet"):
+        api.fold_bn(model, example_inputs=image(dtype=torch.float32))
+    assert isinstance(model[0], nn.LazyConv2d)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()], ids=["conv", "norm"])
+def test_lazy_layer_without_inputs(lazy: nn.Module):
+    pair = [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    pair[isinstance(lazy, nn.LazyBatchNorm2d)] = lazy
+    assert reason(layers.chain(*pair).eval(), None) is Reason.UNINITIALIZED
+
+
+def test_rank_is_not_known_without_inputs():
+    model = layers.chain(nn.Linear(4, 4), nn.BatchNorm1d(4)).double().eval()
+    assert reason(model, None) is Reason.RANK_UNKNOWN
+    assert reason(model, image(3, 4)) is None
+
+
+class Untraceable(sharing.ConvBN):
+    """Which way it goes depends on the input: only its children can be traced without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = sharing.ConvBN()
+        del self.conv, self.bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if x.sum() > 0 else self.block(-x)
+
+
+def test_partial_capture():
+    model = randomize_norms(Untraceable().double().eval())
+    assert reason(model, None) is Reason.PARTIAL_CAPTURE
+    assert reason(model, image()) is None
+
+
+def test_excluded():
+    model = ZOO["float32"].build()
+    assert reason(model, image(dtype=torch.float32), exclude=["1"]) is Reason.EXCLUDED
+
+
+def test_refusal_names_the_thing_and_the_remedy():
+    found = outcome(ZOO["SharedConv"].build(), image())
+    assert found.refusal is not None
+    assert found.refusal.reason is Reason.SHARED_MODULE
+    assert "conv is called 2 times" in found.refusal.detail
+    assert "duplicate_shared" in found.refusal.hint
+
+
+def test_failure_of_one_match_leaves_the_model_untouched():
+    """A refused norm changes no weight: every new tensor is computed before the first is assigned."""
+    model = ZOO["ForwardOneBranchStays"].build()
+    folded = api.fold_bn(model, example_inputs=image())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, folded.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", ["SharedConv", "SharedConvTwoNorms", "TiedParameters"])
+def test_duplicating_shared_layers_lets_them_fold(name: str):
+    model = ZOO[name].build()
+    result = api.apply(model, ["fold-bn"], example_inputs=image(), duplicate_shared=True)
+    assert all(o.status is Status.APPLIED for o in result.report.norms)
+    assert_parity(model, result.model, image())
+    assert_parity(model, copy.deepcopy(result.model), image())
