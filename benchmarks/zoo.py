@@ -112,7 +112,10 @@ def _one_thread() -> dict[str, str]:
 
 
 def _done(lines: Path) -> set[str]:
-    return {result["network"] for result in read(lines)}
+    """Return the networks that need no further run, and drop the others (stopped before our result) from the file."""
+    results = [result for result in read(lines) if "ours" in result]
+    lines.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    return {result["network"] for result in results}
 
 
 def read(lines: Path) -> list[dict[str, Any]]:

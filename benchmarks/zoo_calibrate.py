@@ -29,7 +29,7 @@ def calibrate(model: nn.Module, inputs: Any, seed: int) -> None:
         for parameter in model.parameters():
             if id(parameter) not in owned:
                 randomise_constant(parameter, generator)
-        reached = _calibrate_called(model, norms, inputs, generator)
+        reached = _calibrate_called(model, norms, inputs, generator) if norms else set()
         for norm in norms:
             if norm not in reached:
                 like = torch.empty(norm.get_buffer("running_mean").shape, dtype=torch.float64)

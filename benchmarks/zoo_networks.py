@@ -103,7 +103,7 @@ FURTHER_TIMM = (
 
 SIZE: Mapping[str, int] = {  # input height and width where 64 is too small
     **dict.fromkeys(("torchvision/inception_v3", "torchvision/quantized_inception_v3"), 96),
-    **dict.fromkeys(("torchvision/maxvit_t", "torchvision/s3d"), 224),
+    **dict.fromkeys(("torchvision/maxvit_t", "torchvision/s3d", "torchvision/mvit_v1_b", "torchvision/mvit_v2_s"), 224),
     **dict.fromkeys(("timm/inception_v3", "timm/inception_v4", "timm/inception_resnet_v2"), 96),
     **dict.fromkeys(("timm/test_coatnet", "timm/test_maxvit"), 160),
     **dict.fromkeys(("timm/efficientformer_l1", "timm/efficientformerv2_s0", "timm/levit_128s"), 224),
@@ -117,7 +117,6 @@ SIZE: Mapping[str, int] = {  # input height and width where 64 is too small
 BUILD: Mapping[str, Mapping[str, Any]] = {  # what a builder needs to accept 64 pixels
     **{f"torchvision/vit_{kind}": {"image_size": 64} for kind in ("b_16", "b_32", "l_16", "l_32")},
     "torchvision/vit_h_14": {"image_size": 56},
-    **{f"torchvision/{name}": {"spatial_size": (64, 64), "temporal_size": 8} for name in ("mvit_v1_b", "mvit_v2_s")},
 }
 
 # Thresholds that let detections of a random network through, and few enough of them to be quick.
@@ -157,7 +156,7 @@ class Network:
     def calibration(self, seed: int) -> Any:
         """Return more pictures than :meth:`inputs` has: on a map of one pixel, two pictures are no statistics."""
         generator = torch.Generator().manual_seed(seed)
-        pictures = 16 if max(self.shapes[0]) < 128 else 4
+        pictures = 16 if max(self.shapes[0]) < 128 and self.group != "video" else 4
         if self.listed:
             return [picture(self.shapes[0], generator) for _ in range(pictures)]
         return tuple(picture((pictures, *shape[1:]), generator) for shape in self.shapes)
@@ -190,9 +189,18 @@ def _torchvision() -> Iterator[Network]:
         group = _group(models.get_model_builder(name).__module__)
         arguments = _arguments(name, group)
         shapes, listed = _shapes(name, group)
-        yield Network(
-            f"torchvision/{name}", group, lambda n=name, a=arguments: models.get_model(n, **a), shapes, listed
-        )
+        build = _raft if group == "optical_flow" else models.get_model
+        yield Network(f"torchvision/{name}", group, lambda b=build, n=name, a=arguments: b(n, **a), shapes, listed)
+
+
+def _raft(name: str, **arguments: Any) -> nn.Module:
+    """Build RAFT so that it runs in float64: its grid of coordinates is float32 whatever the weights are."""
+    from torchvision import models
+    from torchvision.models.optical_flow import raft
+
+    make = raft.make_coords_grid
+    setattr(raft, "make_coords_grid", lambda *where, **options: make(*where, **options).double())  # noqa: B010
+    return models.get_model(name, **arguments)
 
 
 def _group(module: str) -> str:
@@ -222,7 +230,7 @@ def _shapes(name: str, group: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
     if group == "detection":
         return ((3, 128, 128),), True
     if group == "video":
-        frames = 16 if name == "s3d" else 8
+        frames = 16 if name.startswith(("s3d", "mvit")) else 8
         return ((1, 3, frames, size, size),), False
     if group == "optical_flow":
         return ((1, 3, 128, 128), (1, 3, 128, 128)), False

@@ -69,7 +69,7 @@ def failures(result: Result) -> list[str]:
     found = []
     if state != "ok":
         said = f"{ours.get('message') or result.get('message', '')} {ours.get('at', '')}".strip()
-        found.append(f"{state}: {said or _judgement(result)}")
+        found.append(f"{state}: {said or _judgement(result)}" if ours else state)
     if not result.get("finite", True):
         found.append("the network's own output is not finite: nothing was compared")
     if "left" not in ours:
@@ -80,6 +80,10 @@ def failures(result: Result) -> list[str]:
     if not ours["copy_works"]:
         found.append("a deep copy of the folded model computes something else")
     found += [f"adjacent norm stays: {name}: {why}" for name, why in list(ours["adjacent_left"].items())[:3]]
+    if ours["folded"] > folded(result, "ours") and state == "ok":
+        found.append(
+            f"the report says {ours['folded']} norms are folded, {folded(result, 'ours')} evaluations are gone"
+        )
     best = max(folded(result, tool) for tool in ("fx", "torchao"))
     if folded(result, "ours") < best:
         found.append(f"a peer removes {best} evaluations, normfuse {folded(result, 'ours')}")

@@ -117,3 +117,18 @@ def compress(full: AffineMap) -> AffineMap:
             if bool((scale == first[0]).all()) and bool((shift == first[1]).all()):
                 scale, shift = first
     return AffineMap(scale, shift)
+
+
+def fill(full: AffineMap) -> AffineMap:
+    """Return a map, compressed, whose free places (NaN) repeat the others where those agree, and are identity elsewhere."""
+    if not bool(full.scale.isnan().any()):
+        return compress(full)
+    for axis in range(full.rank):
+        ends = [(_least(t, axis), -_least(-t, axis)) for t in (full.scale, full.shift)]
+        if all(bool(((low == high) | low.isinf()).all()) for low, high in ends):
+            full = AffineMap(*(torch.where(low.isinf(), torch.nan, low) for low, _ in ends))
+    return compress(AffineMap(full.scale.nan_to_num(1.0), full.shift.nan_to_num(0.0)))
+
+
+def _least(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.nan_to_num(torch.inf).amin(axis, keepdim=True)

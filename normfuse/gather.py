@@ -1,8 +1,8 @@
 """Operations that only move values: reshape, permute, split, slices, pixel shuffle, roll, expand.
 
 Such an operation is read as ``y.flat[j] = x.flat[index[j]]``; the index is found by running the operation itself on the
-positions of ``x``. A map on ``y`` is then a map on ``x`` wherever equal positions ask for equal values, and identity at
-the positions that ``y`` does not show; a map on ``x`` is always one on ``y``.
+positions of ``x``. A map on ``y`` is then a map on ``x`` wherever equal positions ask for equal values. At positions that
+``y`` does not show it is free if nobody else reads ``x``, and identity otherwise. A map on ``x`` is always one on ``y``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.affine import AffineMap, compress, identity
+from normfuse.affine import AffineMap, compress, fill, identity
 from normfuse.base import Reason, Refused
 from normfuse.capture.recorded import pick
 from normfuse.graph import ModelGraph
@@ -45,7 +45,7 @@ def index_of(node: fx.Node, graph: ModelGraph) -> Tensor:
 
 
 def backward(node: fx.Node, wanted: AffineMap, graph: ModelGraph) -> AffineMap:
-    """Return the map on the source that gives the map ``wanted`` on ``node`` and leaves what it does not show.
+    """Return the map on the source that gives the map ``wanted`` on ``node`` and leaves what others may see.
 
     Raises:
         Refused: Positions that stem from one value want different things, or shapes are not known.
@@ -54,11 +54,20 @@ def backward(node: fx.Node, wanted: AffineMap, graph: ModelGraph) -> AffineMap:
         return _without_shapes(node, wanted, graph, forwards=False)
     index = index_of(node, graph).reshape(-1)
     full = identity(_known_shape(source_of(node), graph))
+    if _reads_alone(node, graph):
+        full = full.transform(lambda t: torch.full_like(t, torch.nan))
     scale, shift = (t.expand(_known_shape(node, graph)).reshape(-1) for t in (wanted.scale, wanted.shift))
     full.scale.view(-1)[index], full.shift.view(-1)[index] = scale, shift
     if not (torch.equal(full.scale.view(-1)[index], scale) and torch.equal(full.shift.view(-1)[index], shift)):
         raise Refused(Reason.AXIS, f"{describe(node, graph).label} repeats values that would need different maps")
-    return compress(full)
+    return fill(full)
+
+
+def _reads_alone(node: fx.Node, graph: ModelGraph) -> bool:
+    """Whether what a gather does not show of its source is read by nobody."""
+    operation = node.all_input_nodes[0] if node.target is pick else node
+    parts = operation.users if node.target is pick else ()
+    return len(graph.consumers(source_of(node))) == 1 and all(part is node or not part.users for part in parts)
 
 
 def forward(node: fx.Node, given: AffineMap, graph: ModelGraph) -> AffineMap:

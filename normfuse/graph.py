@@ -191,8 +191,8 @@ def function_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2].strip("_")
     name = getattr(target, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(target, "__self__", None), "__name__", "")
+    if name == "__get__":  # a property: x.T, x.data
+        return getattr(getattr(target, "__self__", None), "__name__", "").strip("_")
     return name.strip("_") if _is_torch(target) else ""
 
 

@@ -83,17 +83,27 @@ class Router:
         refused: Refused | None = None
         if self._pads_by_channel(value, wanted, plan):
             return self.backward(operation.inputs[0], wanted, value, _with_pad(plan, value, wanted))
-        for way in rules.backward(value, operation, wanted, self.graph):
+        ways = rules.backward(value, operation, wanted, self.graph)
+        for way in ways:
             try:
                 grown = plan.copy()
                 grown.passed.append(value)
                 for source, m in way:
                     grown = self.backward(source, m, value, grown)
+                if len(ways) > 1:
+                    self._require_absorbed(grown, plan)
                 return grown
             except Refused as error:
                 refused = refused or error
         assert refused is not None
         raise refused
+
+    def _require_absorbed(self, grown: Plan, plan: Plan) -> None:
+        """Refuse a way that ends at a layer which cannot take its map, so that the next way is tried."""
+        for (absorber, side), calls in grown.maps.items():
+            for node in calls.keys() - plan.maps.get((absorber, side), {}).keys():
+                _require_plain(absorber, self.graph)
+                absorbers.absorb_output(absorber, calls[node], self.graph)
 
     def _pads_by_channel(self, node: fx.Node, m: AffineMap, plan: Plan) -> bool:
         """Whether a constant pad layer can pad with what the map makes of its constant, channel by channel."""
@@ -288,7 +298,7 @@ def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
     """
     if name is None:
         return
-    if has_hooks(graph.module(name)):
+    if has_hooks(graph.module(name)) and not is_uninitialized(graph.module(name)):  # a lazy layer has hooks of its own
         raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
 
 

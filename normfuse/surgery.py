@@ -63,7 +63,7 @@ def assign(module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor])
         old = getattr(owner, attribute, None)
         like = old if isinstance(old, Tensor) else next(iter(owner.parameters(recurse=False)))
         new = torch.empty_like(like.detach()) if like.shape == value.shape else like.new_empty(value.shape)
-        new.copy_(value)
+        new.copy_(value.detach())
         if isinstance(old, Tensor) and attribute in owner._buffers:
             owner._buffers[attribute] = new
         else:

@@ -18,7 +18,9 @@ EXACT = 1e-10
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
-def assert_parity(reference: nn.Module, candidate: nn.Module, inputs: Inputs, *, tolerance: float | None = None) -> None:
+def assert_parity(
+    reference: nn.Module, candidate: nn.Module, inputs: Inputs, *, tolerance: float | None = None
+) -> None:
     """Assert that two models give the same outputs: same structure, shapes, dtypes and values.
 
     Args:
@@ -36,7 +38,7 @@ def assert_parity(reference: nn.Module, candidate: nn.Module, inputs: Inputs, *,
 
 
 def error(expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference relative to the largest element of ``expected``; infinite if either is not finite."""
+    """Return the largest difference, relative to the largest element expected; infinite if one is not finite."""
     expected, found = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (expected, found))
     if not bool(torch.isfinite(expected).all() and torch.isfinite(found).all()):
         return float("inf")
@@ -58,7 +60,9 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copied = cloned(inputs)
-        args, kwargs = ((), copied) if isinstance(copied, Mapping) else (copied, {}) if type(copied) is tuple else ((copied,), {})
+        args, kwargs = (
+            ((), copied) if isinstance(copied, Mapping) else (copied, {}) if type(copied) is tuple else ((copied,), {})
+        )
         return list(tensors(model(*args, **kwargs)))
 
 

@@ -22,28 +22,42 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Map:
-    """A map element by element: scale and shift have the shape of the value."""
+    """A map element by element: scale and shift have the shape of the value, and are NaN where nobody looks."""
 
     scale: Tensor
     shift: Tensor
 
     @property
     def shifts(self) -> bool:
-        return bool((self.shift != 0).any())
+        return bool((self.shift.nan_to_num(0) != 0).any())
 
     @property
     def positive(self) -> bool:
-        return bool((self.scale > 0).all())
+        return bool((self.scale.nan_to_num(1) > 0).all())
 
     @property
     def trivial(self) -> bool:
-        return not self.shifts and bool((self.scale == 1).all())
+        return not self.shifts and bool((self.scale.nan_to_num(1) == 1).all())
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Map:
         return Map(function(self.scale), function(self.shift))
 
+    def along(self, axis: int) -> Map:
+        """Return the map with size 1 along an axis it does not vary along."""
+        return self.each(lambda t: t.nan_to_num(-math.inf).amax(axis, keepdim=True).nan_to_num(neginf=math.nan))
+
     def varies(self, *axes: int) -> bool:
-        return any(bool((t != t.narrow(a, 0, 1)).any()) for t in (self.scale, self.shift) for a in axes)
+        """Whether values that are not free differ along one of the axes."""
+        pairs = [(t, s) for a in axes for t, s in zip(self.both, self.along(a).both, strict=True)]
+        return any(bool(((t != s) & ~t.isnan()).any()) for t, s in pairs)
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.shift
+
+    def bound(self) -> Map:
+        """Return the map with identity where it is free."""
+        return Map(self.scale.nan_to_num(1), self.shift.nan_to_num(0))
 
 
 Rule = Callable[[Map], "Map | None"]
@@ -81,12 +95,14 @@ class Net(nn.Module):
     def keep(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """Add a layer; return what calls it, or what a fold puts in its place."""
         self.layers.append(layer.double().eval())
-        return lambda x, index=len(self.layers) - 1: self.layers[index](x)
+        index = len(self.layers) - 1
+        return lambda x: self.layers[index](x)
 
     def input(self, example: Tensor) -> Callable[[], Tensor]:
         """Add an input; return what reads it."""
         self.examples.append(example)
-        return lambda index=len(self.examples) - 1: self.given[index]
+        index = len(self.examples) - 1
+        return lambda: self.given[index]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         self.given = inputs
@@ -105,22 +121,26 @@ def run(steps: list[Step], value: Tensor | None = None) -> Tensor:
     return value
 
 
-def allowed_back(steps: list[Step], m: Map | None, leak: int | None = None) -> bool:
+def allowed_back(steps: list[Step], m: Map | None, leak: int | None = None, *, strict: bool = False) -> bool:
     """Whether a map wanted on the output of a chain reaches layers that absorb it.
 
     Args:
         steps: The chain, from its source on.
         m: The map.
         leak: The step whose output is read elsewhere too, so that it may not change.
+        strict: Ask for identity where nobody looks, as a fold may do that does not see how else to go on.
     """
     for index in range(len(steps) - 1, -1, -1):
+        m = m.bound() if m is not None and strict else m
         if m is None or m.trivial or index == leak:
             return m is not None and m.trivial
         step, before = steps[index], steps[:index]
         ways = step.back(m)
         if isinstance(ways, list):
             return any(
-                allowed_back(before, way[0], leak) and all(map(allowed_back, step.others, way[1:])) for way in ways
+                allowed_back(before, way[0], leak, strict=strict)
+                and all(allowed_back(o, w, strict=strict) for o, w in zip(step.others, way[1:], strict=True))
+                for way in ways
             )
         m = ways
     return m is not None
@@ -149,7 +169,9 @@ def times(factor: Tensor) -> tuple[Rule, Rule]:
     """``y = f x``: backwards the shift is divided, forwards it is multiplied."""
 
     def back(m: Map) -> Map | None:
-        return None if m.shifts and bool((factor == 0).any()) else Map(m.scale, m.shift / factor if m.shifts else m.shift)
+        return (
+            None if m.shifts and bool((factor == 0).any()) else Map(m.scale, m.shift / factor if m.shifts else m.shift)
+        )
 
     return back, lambda m: Map(m.scale, m.shift * factor)
 
@@ -167,10 +189,11 @@ def moved(function: Callable[[Tensor], Tensor], shape: Shape) -> tuple[Rule, Rul
     index = function(torch.arange(math.prod(shape)).reshape(shape))
 
     def back(m: Map) -> Map | None:
-        result = Map(torch.ones(shape).double(), torch.zeros(shape).double())
-        for target, wanted in ((result.scale, m.scale), (result.shift, m.shift)):
-            target.view(-1)[index.reshape(-1)] = wanted.reshape(-1)
-            if not torch.equal(target.view(-1)[index], wanted):
+        result = Map(torch.full(shape, math.nan).double(), torch.full(shape, math.nan).double())
+        for target, wanted in zip(result.both, m.both, strict=True):
+            seen = ~wanted.isnan().reshape(-1)
+            target.view(-1)[index.reshape(-1)[seen]] = wanted.reshape(-1)[seen]
+            if bool((target.view(-1)[index] != wanted).logical_and(~wanted.isnan()).any()):
                 return None
         return result
 
@@ -185,7 +208,7 @@ def windowed(rule: Rule, axes: tuple[int, ...], before: Shape, after: Shape) -> 
             if m.varies(*axes) or rule(m) is None:
                 return None
             for axis in axes:
-                m = m.each(lambda t, a=axis: t.narrow(a, 0, 1))
+                m = m.along(axis)
             return m.each(lambda t: t.expand(target).clone())
 
         return apply
@@ -221,7 +244,9 @@ def pointwise(draw: Any, net: Net, shape: Shape) -> Step:
         name = f"vector{len(net._parameters)}"
         net.register_parameter(name, vector)
         back, ahead = times(vector.detach())
-        ways = lambda m: [(back(m),), *([] if m.shifts else [(_trivial(shape),)])]  # noqa: E731 - or into the vector
+        axes = tuple(a for a in range(len(shape)) if a != 1)
+        own = lambda m: [] if m.shifts or m.varies(*axes) else [(_trivial(shape),)]  # noqa: E731 - the vector itself
+        ways = lambda m: [(back(m),), *own(m)]  # noqa: E731
         return Step(kind, lambda x: x * getattr(net, name), shape, ways, ahead)
     if kind in ("gate", "scalar gate"):
         size = (shape[0], channels if kind == "gate" else 1, *[1] * (len(shape) - 2))
@@ -250,7 +275,7 @@ def movement(draw: Any, net: Net, shape: Shape) -> Step:
         options["pixel shuffle"] = lambda x: F.pixel_shuffle(x, 2)
     if len(shape) == 4 and shape[2] % 2 == shape[3] % 2 == 0:
         options["pixel unshuffle"] = lambda x: F.pixel_unshuffle(x, 2)
-    if len(shape) == 5 or shape[-1] == 1:
+    if len(shape) == 5 or shape[len(shape) - 1] == 1:
         options["squeeze"] = lambda x: x.flatten(-2)
     usable = [k for k in options if 2 <= options[k](torch.zeros(shape)).dim() <= 5]
     kind = draw(st.sampled_from(sorted(usable)))
@@ -268,8 +293,8 @@ def window(draw: Any, net: Net, shape: Shape) -> Step | None:
              "avg uncounted": ("AvgPool", same, {"padding": 1, "count_include_pad": False}),
              "avg ceil": ("AvgPool", same, {"ceil_mode": True}),
              "max": ("MaxPool", lambda m: m if m.positive else None, {"padding": 1})}  # fmt: skip
-    kind = draw(st.sampled_from([*pools, "adaptive", "mean", "sum", "amax", "nearest", "linear", "bicubic", "pad", "pad layer",
-                                 "reflect"]))  # fmt: skip
+    others = ["adaptive", "mean", "sum", "amax", "nearest", "linear", "bicubic", "reflect", "pad"]
+    kind = draw(st.sampled_from([*pools, *others, "pad layer"]))
     rule: Rule = same
     if kind in pools:
         name, rule, options = pools[kind]
@@ -295,14 +320,14 @@ def window(draw: Any, net: Net, shape: Shape) -> Step | None:
 
 
 def _pad_layer(net: Net, layer: Any, shape: Shape) -> Step:
-    """A pad layer takes one value per channel in place of its constant; forwards that needs scales that are not zero."""
+    """A pad layer takes a value per channel in place of its constant; forwards that needs scales that are not zero."""
     call = net.keep(layer)
     after = tuple(call(torch.zeros(shape).double()).shape)
     axes = tuple(a for a in range(len(shape)) if a != 1)
     back, ahead = windowed(same, axes, shape, after)
 
     def rule(m: Map) -> Map | None:
-        keeps = torch.equal(m.scale * layer.value + m.shift, torch.full_like(m.scale, layer.value))
+        keeps = bool((m.scale * layer.value + m.shift == layer.value).all())
         return m if keeps or bool((m.scale != 0).all()) else None
 
     return Step("pad layer", call, after, back, lambda m: rule(m) and ahead(m))

@@ -105,7 +105,9 @@ def test_folded_model_refuses_training(trap: Trap):
             model.train()
 
 
-@pytest.mark.parametrize("trap", [t for t in ZOO.values() if Status.APPLIED in t.verdicts.values()], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "trap", [t for t in ZOO.values() if Status.APPLIED in t.verdicts.values()], ids=lambda t: t.name
+)
 def test_keys_that_survive_keep_their_names(trap: Trap):
     """Only keys of norms may go, and only biases may come."""
     model = unwrap(trap.build())

@@ -16,17 +16,19 @@ from tests.parity import EXACT, error, outputs
 from tests.random_routes import Net, Step
 
 
-def check(net: Net, allowed: bool, trail: list[str]) -> None:
-    """Fold a network with one norm and compare with what the oracle says."""
+def check(net: Net, bounds: tuple[bool, bool], trail: list[str]) -> None:
+    """Fold a network with one norm; compare its outputs, and the verdict with what must and what may be folded."""
     inputs = tuple(net.examples)
     expected = outputs(net.eval(), inputs)
     (outcome,) = api.apply(net, ["fold-bn"], example_inputs=inputs, inplace=True).report.norms
     worst = max(map(error, expected, outputs(net, inputs)))
     assert worst <= EXACT, f"{' > '.join(trail)} differs by {worst:.3g}"
-    assert (outcome.status is Status.APPLIED) == allowed, f"{' > '.join(trail)}: {outcome.refusal or 'folded'}"
+    folded = outcome.status is Status.APPLIED
+    must, may = bounds
+    assert must <= folded <= may, f"{' > '.join(trail)}: {outcome.refusal or 'folded'}"
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.data())
 def test_backwards(data: st.DataObject):
     """A source, some steps, the norm, and behind it what no map passes."""
@@ -37,7 +39,8 @@ def test_backwards(data: st.DataObject):
     norm, m = routes.norm(draw, net, steps[-1].shape)
     leak = draw(st.sampled_from([None] * 5 + list(range(len(steps)))))
     net.body = lambda: _with_leak(steps, norm, leak)
-    check(net, routes.allowed_back(steps, m, leak), [s.name for s in steps])
+    bounds = (routes.allowed_back(steps, m, leak, strict=True), routes.allowed_back(steps, m, leak))
+    check(net, bounds, [s.name for s in steps])
 
 
 def _with_leak(steps: list[Step], norm: Any, leak: int | None) -> Any:
@@ -48,7 +51,7 @@ def _with_leak(steps: list[Step], norm: Any, leak: int | None) -> Any:
     return norm(routes.run(steps[leak + 1 :], early)).sigmoid(), early
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(st.data())
 def test_forwards(data: st.DataObject):
     """The norm on an input, and behind it one or two chains that end in a layer."""
@@ -59,7 +62,7 @@ def test_forwards(data: st.DataObject):
     chains = [_branch(draw, net, shape) for _ in range(draw(st.integers(1, 2)))]
     net.body = lambda: _fan_out(norm(read()), chains)
     allowed = all(_absorbed(chain, m) for chain in chains)
-    check(net, allowed, [s.name for chain in chains for s in chain])
+    check(net, (allowed, allowed), [s.name for chain in chains for s in chain])
 
 
 def _branch(draw: Any, net: Net, shape: routes.Shape) -> list[Step]:

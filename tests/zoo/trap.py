@@ -52,7 +52,7 @@ def trap(
     prepare: Callable[[nn.Module], Any] | None = None,
     **verdicts: Verdict,
 ) -> Callable[[Any], Any]:
-    """Register a model class, or a function that makes a model, in ``ZOO``; dots of norm names are written ``__``, ``1`` is written ``_1``.
+    """Register a model class, or a function that makes a model, in ``ZOO``.
 
     Args:
         shape: Of the one input tensor; the default is that of :func:`image`.
@@ -62,7 +62,7 @@ def trap(
         tolerance: See :class:`Trap`.
         positive: Give its norms positive gains.
         prepare: What to do with the model last; may return another.
-        verdicts: By norm.
+        verdicts: By norm; dots of its name are written ``__``, and ``1`` is written ``_1``.
     """
 
     def register(build: Any) -> Any:

@@ -1,0 +1,118 @@
+"""Copies of shared layers, on request: exact, one for each call, and right again after a run that failed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse
+from normfuse.base import Reason
+from normfuse.layers.deployed import CallSites
+from tests.parity import assert_parity, randomize_norms
+
+
+class Shared(nn.Module):
+    """One convolution, called twice, with a norm of its own after each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, fail: bool = False) -> Tensor:
+        x = torch.tanh(self.first(self.conv(x)))
+        if fail:
+            raise RuntimeError("the user's own error")
+        return self.second(self.conv(x))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight; a norm follows the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.norm(self.first(x))))
+
+
+X = torch.linspace(-1, 1, 2 * 3 * 8 * 8, dtype=torch.float64).reshape(2, 3, 8, 8)
+
+
+@pytest.fixture
+def shared() -> nn.Module:
+    return randomize_norms(Shared().double().eval())
+
+
+def test_sharing_is_refused_by_default(shared: nn.Module) -> None:
+    report = normfuse.inspect(shared, example_inputs=X)
+    assert {o.refusal.reason for o in report.refused if o.refusal} == {Reason.SHARED_MODULE}
+    assert all("duplicate_shared" in o.refusal.hint for o in report.refused if o.refusal)
+
+
+def test_each_call_gets_weights_of_its_own(shared: nn.Module) -> None:
+    folded = normfuse.fold_bn(shared, example_inputs=X, duplicate_shared=True)
+    assert_parity(shared, folded, X)
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    for again in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert_parity(shared, again, X)
+
+
+def test_a_run_that_failed_halfway_does_not_shift_the_calls(shared: nn.Module) -> None:
+    folded = normfuse.fold_bn(shared, example_inputs=X, duplicate_shared=True)
+    with pytest.raises(RuntimeError, match="own error"):
+        folded(X, fail=True)
+    assert_parity(shared, folded, X)
+
+
+def test_tied_weights_are_untied() -> None:
+    model = randomize_norms(Tied().double().eval())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    refused = normfuse.inspect(model, example_inputs=x).refused
+    assert [o.refusal.reason for o in refused if o.refusal] == [Reason.SHARED_PARAMETER]
+    folded = normfuse.fold_bn(model, example_inputs=x, duplicate_shared=True)
+    assert_parity(model, folded, x)
+    assert folded.first.weight is not folded.second.weight
+    assert isinstance(folded.norm, nn.Identity)
+
+
+def test_sharing_that_hinders_nothing_stays() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(torch.tanh(self.norm(self.conv(x)))))
+
+    model = randomize_norms(Pair().double().eval())
+    folded = normfuse.fold_bn(model, example_inputs=X, duplicate_shared=True)
+    assert_parity(model, folded, X)
+    assert isinstance(folded.conv, nn.Conv2d)
+
+
+def test_a_call_by_function_cannot_be_told_apart() -> None:
+    class Functional(Shared):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            x = torch.tanh(self.first(nn.functional.conv2d(x, self.conv.weight, padding=1)))
+            return self.second(nn.functional.conv2d(x, self.conv.weight, padding=1))
+
+    model = randomize_norms(Functional().double().eval())
+    report = normfuse.apply(model, ("fold-bn",), example_inputs=X, duplicate_shared=True).report
+    assert Reason.SHARED_MODULE in {o.refusal.reason for o in report.refused if o.refusal}
+
+
+def test_call_sites_take_turns() -> None:
+    layer = CallSites(nn.Linear(1, 1), 2)
+    nn.init.zeros_(layer.sites[1].weight)
+    one = torch.ones(1, 1)
+    first, second, third = layer(one), layer(one), layer(one)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
