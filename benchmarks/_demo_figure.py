@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from _demo_answers import Outputs, likeliest
 from _timing import Latency
@@ -48,7 +48,8 @@ def draw(path: Path, shown: Sequence[Shown], machine: str) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK}
+    colors = {"text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK}
+    style: Any = {"font.size": 10, **colors}
     with pyplot.rc_context(style):
         drawing = pyplot.figure(figsize=(14, 8.4))
         drawing.text(0.03, 0.945, "Before and after folding", fontsize=18, fontweight="bold")

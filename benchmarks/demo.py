@@ -41,9 +41,9 @@ from normfuse.lowering.onnx_fold import count_ops
 
 OUT = Path(__file__).resolve().parents[1] / "out"
 HONESTY = """\
-Runtimes fold a BatchNorm behind a convolution themselves: ONNX Runtime does when it opens a file, so both files are
-equally fast there, and torch.compile merges what it does not fold into the operation behind it. Speed is to be had
-where nothing optimizes (eager); elsewhere folding buys a file that leaves nothing for the runtime to find."""
+ONNX Runtime, like other runtimes, folds a BatchNorm behind a convolution itself when it opens a file: both files are
+equally fast there. Folding first saves time where nothing does that: in eager PyTorch, and in some networks under
+torch.compile, which merges a norm into the operation behind it. Elsewhere it buys a file with nothing left to find."""
 Run = Callable[[], object]
 
 
@@ -223,7 +223,7 @@ def _compile(models: dict[str, nn.Module], example: Tensor) -> tuple[dict[tuple[
             print("and fails")
             return {}, reason
         compiled["compiled", state] = call
-    print(f"{time.perf_counter() - start:.0f} s for both networks, unfolded and folded")
+    print(f"{time.perf_counter() - start:.0f} s for the unfolded and the folded network")
     return compiled, ""
 
 

@@ -120,7 +120,7 @@ def compress(full: AffineMap) -> AffineMap:
 
 
 def fill(full: AffineMap) -> AffineMap:
-    """Return a map, compressed, whose free places (NaN) repeat the others where those agree, and are identity elsewhere."""
+    """Return a map, compressed; free places (NaN) repeat the others where those agree, and are identity elsewhere."""
     if not bool(full.scale.isnan().any()):
         return compress(full)
     for axis in range(full.rank):

@@ -1,8 +1,9 @@
 """Operations that only move values: reshape, permute, split, slices, pixel shuffle, roll, expand.
 
 Such an operation is read as ``y.flat[j] = x.flat[index[j]]``; the index is found by running the operation itself on the
-positions of ``x``. A map on ``y`` is then a map on ``x`` wherever equal positions ask for equal values. At positions that
-``y`` does not show it is free if nobody else reads ``x``, and identity otherwise. A map on ``x`` is always one on ``y``.
+positions of ``x``. A map on ``y`` is then a map on ``x`` wherever equal positions ask for equal values. At positions
+that ``y`` does not show it is free if nobody else reads ``x``, and identity otherwise. A map on ``x`` is always one on
+``y``.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.modules.padding import _ConstantPadNd
 
-from normfuse import absorbers, gather, rules
+from normfuse import absorbers, absorption, gather, rules
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refusal, Refused
-from normfuse.graph import ModelGraph, has_hooks, is_uninitialized, occurrences
+from normfuse.graph import ModelGraph, occurrences
+from normfuse.legality import require_plain
 from normfuse.operations import describe
 from normfuse.surgery import Edit
 
@@ -102,8 +102,8 @@ class Router:
         """Refuse a way that ends at a layer which cannot take its map, so that the next way is tried."""
         for (absorber, side), calls in grown.maps.items():
             for node in calls.keys() - plan.maps.get((absorber, side), {}).keys():
-                _require_plain(absorber, self.graph)
-                absorbers.absorb_output(absorber, calls[node], self.graph)
+                require_plain(absorber, self.graph)
+                absorption.absorb_output(absorber, calls[node], self.graph)
 
     def _pads_by_channel(self, node: fx.Node, m: AffineMap, plan: Plan) -> bool:
         """Whether a constant pad layer can pad with what the map makes of its constant, channel by channel."""
@@ -199,119 +199,6 @@ def pad_edits(plan: Plan, graph: ModelGraph) -> tuple[list[Edit], dict[str, Tens
         edits.append({"op": "replace", "path": name, "module": spec})
         values[f"{name}.value"] = value
     return edits, values
-
-
-def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
-    """Return the new tensors, by name and in float64, that carry out a plan.
-
-    Raises:
-        Refused: An absorber is shared, tied, parametrized, hooked or of another dtype, its calls disagree, or a new
-            value leaves the range of its dtype.
-    """
-    if graph.partial:
-        hint = "pass example_inputs"
-        raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced, callers may be unseen", hint)
-    _require_unwatched(plan, graph)
-    tensors: dict[str, Tensor] = {}
-    for (absorber, side), calls in plan.maps.items():
-        _require_own(absorber, calls, graph)
-        maps = list(calls.values())
-        absorb = absorbers.absorb_output if side == "output" else absorbers.absorb_input
-        new = absorb(absorber, maps[0], graph)
-        if not all(m.equals(maps[0]) for m in maps[1:]):
-            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called with different norms", _DUPLICATE)
-        if tensors.keys() & new.keys():
-            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} would take a map on both sides")
-        tensors |= new
-    for name, value in tensors.items():
-        _require_in_range(name, value, graph)
-    return tensors
-
-
-def _require_unwatched(plan: Plan, graph: ModelGraph) -> None:
-    """Refuse where a hook, of a layer on the route or of a block around it, would see a value that changes."""
-    written = {node for (_, side), calls in plan.maps.items() if side == "output" for node in calls}
-    changed = written.union(plan.passed)
-    for node in plan.passed:
-        require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
-    for call in graph.hooked_calls:
-        if not changed.isdisjoint((*call.inputs, *call.outputs)):
-            require_no_hooks(call.name, graph)
-
-
-_DUPLICATE = "pass duplicate_shared=True"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _require_own(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelGraph) -> None:
-    """Refuse an absorber that anything outside the plan reads or changes."""
-    _require_plain(absorber, graph)
-    for name in filter(None, (absorber.weight, absorber.bias)):
-        if len(graph.owners(name)) > 1:
-            others = ", ".join(other for other in graph.owners(name) if other != name)
-            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}", _DUPLICATE)
-        readers = [node for node in graph.uses(name) if node not in calls and absorber.kind not in ("addend", "factor")]
-        if absorber.kind in ("addend", "factor") and len(graph.uses(name)) != 1:
-            readers = graph.uses(name)
-        if readers:
-            count = len(set(graph.uses(name)))
-            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called {count} times", _DUPLICATE)
-
-
-def _require_plain(absorber: Absorber, graph: ModelGraph) -> None:
-    owner, _, attribute = absorber.weight.rpartition(".")
-    module = graph.module(owner)
-    if nn.utils.parametrize.is_parametrized(module) or attribute not in module._parameters:
-        if attribute not in module._buffers:
-            hint = "the materialize pass makes it plain"
-            raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
-        require_saved(absorber.weight, graph)
-    if is_uninitialized(module):
-        raise Refused(Reason.UNINITIALIZED, f"{owner} has no values yet", "run the model once")
-    require_no_hooks(owner, graph)
-    tensor = graph.tensor(absorber.weight)
-    if tensor.is_quantized or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        detail = f"{absorber.weight} is stored as {type(tensor).__name__}, not as plain numbers"
-        raise Refused(Reason.QUANTIZED, detail, "fold before quantizing")
-    if tensor.dtype not in _FLOATS:
-        raise Refused(Reason.DTYPE, f"{absorber.weight} is {tensor.dtype}")
-
-
-def require_saved(name: str, graph: ModelGraph) -> None:
-    """Refuse a tensor that is no part of the model's ``state_dict``: a new value would be lost with the file.
-
-    Raises:
-        Refused: It is a buffer that is not persistent, or a plain attribute.
-    """
-    owner, _, attribute = name.rpartition(".")
-    module = graph.module(owner)
-    held = attribute in module._parameters or attribute in module._buffers
-    if not held or attribute in module._non_persistent_buffers_set:
-        raise Refused(Reason.PARAMETRIZED, f"{name} is not saved with the model, but made anew")
-
-
-def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
-    """Refuse a module, if one is named, whose hooks would see other values after a rewrite.
-
-    Raises:
-        Refused: It has one.
-    """
-    if name is None:
-        return
-    if has_hooks(graph.module(name)) and not is_uninitialized(graph.module(name)):  # a lazy layer has hooks of its own
-        raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
-
-
-def _require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
-    owner, _, attribute = name.rpartition(".")
-    old = getattr(graph.module(owner), attribute, None)
-    like = old if isinstance(old, Tensor) else next(iter(graph.module(owner).parameters(recurse=False)))
-    ends = torch.stack(value.aminmax()) if value.numel() else value
-    if not bool(torch.isfinite(ends).all()):
-        raise Refused(Reason.NONFINITE, f"{name} would hold NaN or infinity")
-    if not bool(torch.isfinite(ends.to(like.dtype)).all()):
-        largest = float(ends.abs().max())
-        raise Refused(Reason.RANGE, f"{name} would reach {largest:.3g}, beyond {like.dtype}", "fold in float32")
 
 
 _SEARCH_ENDED = (Reason.OPAQUE_OPERATION, Reason.EXTRA_CONSUMER, Reason.NO_PRODUCER)

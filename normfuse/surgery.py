@@ -42,7 +42,7 @@ def copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
             if isinstance(value, nn.parameter.UninitializedBuffer):
-                memo[id(value)] = nn.parameter.UninitializedBuffer(device=value.device, dtype=value.dtype)
+                memo[id(value)] = type(value)(device=value.device, dtype=value.dtype)  # type: ignore[call-arg]
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copying.deepcopy(model, memo)

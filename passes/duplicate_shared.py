@@ -13,8 +13,9 @@ from normfuse import norms
 from normfuse.absorbers import Absorber
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.graph import ModelGraph
+from normfuse.legality import finish
 from normfuse.passes.fold_bn import search
-from normfuse.routes import Plan, finish
+from normfuse.routes import Plan
 
 
 class DuplicateShared(Pass):

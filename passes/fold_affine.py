@@ -22,8 +22,9 @@ from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture.modes import eval_mode
 from normfuse.gains import Gain
 from normfuse.graph import ModelGraph
+from normfuse.legality import finish, require_no_hooks
 from normfuse.norms import Norm
-from normfuse.routes import Plan, Router, finish, joined, pad_edits, require_no_hooks
+from normfuse.routes import Plan, Router, joined, pad_edits
 from normfuse.scopes import common_tail
 
 _READ_THEIR_NORMS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # for one fused kernel

@@ -21,8 +21,9 @@ from torch import Tensor, fx
 from normfuse import adapters, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.graph import ModelGraph
+from normfuse.legality import finish, require_no_hooks, require_saved
 from normfuse.norms import Norm
-from normfuse.routes import Plan, Router, finish, joined, pad_edits, require_no_hooks, require_saved
+from normfuse.routes import Plan, Router, joined, pad_edits
 from normfuse.scopes import common_tail
 
 

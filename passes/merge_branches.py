@@ -21,10 +21,10 @@ from normfuse.affine import AffineMap
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.branches import Form
 from normfuse.graph import ModelGraph, ModuleCall, function_name
+from normfuse.legality import require_no_hooks
 from normfuse.norms import Norm
 from normfuse.numerics import exact
 from normfuse.operations import describe
-from normfuse.routes import require_no_hooks
 from normfuse.scopes import head_before, tail_after
 
 Forms = dict[fx.Node, Form]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -183,3 +185,14 @@ def test_conv_is_called_once_per_reading_of_the_graph():
     first, second = capture(model, image()), capture(model, image())
     assert [str(n.target) for n in first.nodes] == [str(n.target) for n in second.nodes]
     assert len(first.call_sites("conv")) == 3
+
+
+def test_recording_does_not_import_the_compiler():
+    """A dispatch mode is wrapped by torch in what imports torch._dynamo, which takes seconds, unless told otherwise."""
+    code = (
+        "import sys, torch; from torch import nn; from normfuse.capture import capture; before = set(sys.modules); "
+        "capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(1, 3, 8, 8)); "
+        "print(sum(name.startswith('torch._dynamo') for name in set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "0"

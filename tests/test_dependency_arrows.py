@@ -22,7 +22,7 @@ LEVELS = (
     ("affine", "graph"),
     ("capture", "outputs"),
     ("norms", "operations", "branches", "scopes", "gains"),
-    ("absorbers", "gather", "rules", "routes"),
+    ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
     ("passes",),
     ("pipeline", "comparison", "ranges", "rerun", "divergence", "verify"),
     ("formats", "allowed_globals", "architectures", "exported_program", "stand_ins", "state_dicts", "unpickle"),

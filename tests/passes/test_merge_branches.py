@@ -35,7 +35,7 @@ class Block(nn.Module):
         return self.act(total)
 
 
-def merged(block: nn.Module, channels: int = 8) -> tuple[nn.Module, Result[nn.Module]]:
+def merged(block: nn.Module, channels: int = 8) -> tuple[nn.Module, Result[nn.Sequential]]:
     model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.SiLU(), block).double().eval()
     randomize_norms(model)
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
@@ -49,7 +49,7 @@ def convs(model: nn.Module) -> list[nn.Conv2d]:
     return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
-def reasons(result: Result[nn.Module]) -> set[Reason]:
+def reasons(result: Result[nn.Sequential]) -> set[Reason]:
     return {outcome.refusal.reason for outcome in result.report.refused if outcome.refusal}
 
 
