@@ -101,9 +101,11 @@ def _sniff(file: IO[bytes], size: int) -> Format:
         return Format.EMPTY
     if head.startswith(b"PK"):
         return _sniff_zip(file)
-    if head[:1] == b"\x80":
+    found = _sniff_safetensors(file, size)  # before pickles: the length of its header may begin with their first byte
+    file.seek(0)
+    if found is None and head[:1] == b"\x80":
         return _sniff_pickle(file, head)
-    return _sniff_safetensors(file, size) or _sniff_onnx(file, size) or Format.UNKNOWN
+    return found or _sniff_onnx(file, size) or Format.UNKNOWN
 
 
 def _sniff_zip(file: IO[bytes]) -> Format:

@@ -131,3 +131,11 @@ def test_pickle_globals_of_every_protocol(protocol: int, tmp_path: Path) -> None
     path.write_bytes(pickle.dumps([Touch, len], protocol=protocol))
     with open(path, "rb") as file:
         assert pickle_globals(file) == {f"{Touch.__module__}.Touch", "builtins.len"}
+
+
+def test_safetensors_whose_length_begins_like_a_pickle(tmp_path: Path) -> None:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(0x80)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    assert path.read_bytes()[:1] == b"\x80"
+    assert sniff(path) is Format.SAFETENSORS
