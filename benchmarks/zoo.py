@@ -2,26 +2,31 @@
 
     python benchmarks/zoo.py [--only GLOB] [--jobs 2] [--timeout 300] [--out benchmarks/results/zoo] [--fresh]
 
-Each network runs in its own process with one thread and a time limit. ``OUT.jsonl`` gets one line per network (networks
-that it already holds are skipped, unless ``--fresh``), ``OUT.json`` the machine and versions, ``OUT.md`` the summary.
+Each network runs in its own process, forked from one that imported everything, with one thread and a time limit.
+``OUT.jsonl`` gets one line per network (networks that it already holds are skipped, unless ``--fresh``), ``OUT.json``
+the machine and versions, ``OUT.md`` the summary.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import fnmatch
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import zoo_networks
 import zoo_summary
+import zoo_tools
+import zoo_worker
 from _environment import environment
 
 HERE = Path(__file__).resolve().parent
@@ -32,16 +37,13 @@ LARGE = ("torchvision/regnet_y_128gf", "torchvision/vit_h_14", "torchvision/vit_
 def main() -> None:
     """Run the chosen networks and write the three files."""
     options = _options()
-    if options.worker:
-        import zoo_worker
-
-        zoo_worker.measure(options.worker, options.record)
-        return
     lines, facts = (Path(f"{options.out}{suffix}") for suffix in (".jsonl", ".json"))
     lines.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         lines.unlink(missing_ok=True)
     if not options.summary:
+        torch.set_num_threads(1)
+        zoo_tools.preload()
         facts.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         _run_all(_chosen(options.only, _done(lines)), lines, options)
     summary = zoo_summary.markdown(read(lines), json.loads(facts.read_text(encoding="utf-8")))
@@ -58,14 +60,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "zoo", help="result files, without suffix")
     parser.add_argument("--fresh", action="store_true", help="forget the networks that the result file holds")
     parser.add_argument("--summary", action="store_true", help="only write the summary of the result file again")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _chosen(patterns: str, done: set[str]) -> list[str]:
-    import zoo_networks
-
     chosen = [n for n in zoo_networks.networks() if any(fnmatch.fnmatch(n, p) for p in patterns.split(","))]
     return [name for name in chosen if name not in done]
 
@@ -90,25 +88,28 @@ def _measured(name: str, timeout: float) -> dict[str, Any]:
     """Return one network's merged result; what a killed or crashed process left behind still counts."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.jsonl"
-        command = [sys.executable, str(HERE / "zoo.py"), "--worker", name, "--record", str(record)]
-        end, last = "done", ""
-        try:
-            ran = subprocess.run(
-                command, timeout=timeout, capture_output=True, text=True, env=_one_thread(), check=False
-            )
-            if ran.returncode:
-                end, last = f"exit {ran.returncode}", (ran.stderr.strip().splitlines() or [""])[-1][:200]
-        except subprocess.TimeoutExpired:
+        process = multiprocessing.get_context("fork").Process(target=_measure, args=(name, record))
+        process.start()
+        process.join(timeout)
+        end = f"exit {process.exitcode}" if process.exitcode else "done"
+        if process.is_alive():
+            process.kill()
+            process.join()
             end = f"stopped after {timeout:.0f} s"
         merged: dict[str, Any] = {"network": name}
         for part in read(record):
             merged |= part
-    return merged | ({} if end == "done" else {"ended": end, "message": last})
+    return merged | ({} if end == "done" else {"ended": end})
 
 
-def _one_thread() -> dict[str, str]:
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+def _measure(name: str, record: Path) -> None:
+    """Measure in this process, and leave the reason where that fails."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        try:
+            zoo_worker.measure(name, record)
+        except Exception as error:
+            zoo_worker.append(record, {"message": zoo_tools.one_line(error)})
+            raise SystemExit(1) from error
 
 
 def _done(lines: Path) -> set[str]:

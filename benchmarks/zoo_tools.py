@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import importlib
 import time
 import traceback
 import warnings
@@ -132,6 +133,13 @@ def guarded(tool: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict
             return tool(subject)
         except Exception as error:
             return {"status": "raised", "message": one_line(error), "at": innermost(error)}
+
+
+def preload() -> None:
+    """Import what the tools import late, so that processes forked from this one need not."""
+    for module in ("torch._dynamo", "torch.export", "torch.fx.experimental.optimization", "normfuse.api"):
+        importlib.import_module(module)
+    importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
 
 
 def one_line(error: BaseException) -> str:

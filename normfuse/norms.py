@@ -169,7 +169,7 @@ def _input(norm: Norm, node: fx.Node) -> fx.Node:
 def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
     shape = graph.shape(value)
     known = len(shape) if shape is not None else _rank_of_class(norm, graph) or ranks(node, graph)
-    if known is None:
+    if known is None or (shape is None and known > 3 and norm.layer == "BatchNorm1d"):  # a convolution without a batch
         raise Refused(Reason.RANK_UNKNOWN, f"the rank of the input of {norm.name} is not known", "pass example_inputs")
     module = graph.module_of(node)
     if isinstance(module, _InstanceNorm) and known == module._get_no_batch_dim():

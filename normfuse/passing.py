@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from normfuse import gather
@@ -25,9 +26,10 @@ Passing = Callable[[fx.Node, Operation, AffineMap, ModelGraph, bool], AffineMap]
 def _identity(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
     if _is_active_dropout(node, op, graph):
         raise Refused(Reason.OPAQUE_OPERATION, f"{op.label} stays active in eval mode")
-    dtype = node.meta.get("dtype")
-    if dtype is not None and not dtype.is_floating_point:
-        raise Refused(Reason.DTYPE, f"{op.label} converts to {dtype}")
+    dtypes = [node.meta.get("dtype"), *node.args, *node.kwargs.values()]  # without a recorded run, what is asked for
+    for dtype in dtypes:
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise Refused(Reason.DTYPE, f"{op.label} converts to {dtype}")
     return m
 
 
