@@ -82,11 +82,11 @@ def run(
     before = list(user_model.state_dict())
     state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
     graph = capture(work, example_inputs)
-    inventory = norms.find_norms(graph)
+    inventory, partial = norms.find_norms(graph), bool(graph.partial)
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             graph = replace(capture(work, example_inputs), edits=graph.edits)
-    report = _report(inventory, passes, state, notes)
+    report = _report(inventory, passes, state, notes, partial)
     for name, module in work.named_modules():
         module.training = name in graph.training
     if report and not all(one.reversible for one in passes):
@@ -151,17 +151,20 @@ def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _R
         state.outcomes[norm, True] = Outcome(one.name, status, norm, layer, True, (name,))
 
 
-def _report(inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...]) -> Report:
+def _report(
+    inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...], partial: bool
+) -> Report:
     """Return every norm once, in order of execution, and after them what else was rewritten."""
-    about_norms = [state.outcomes.get((norm.name, True)) or _left(norm) for norm in inventory]
+    about_norms = [state.outcomes.get((norm.name, True)) or _left(norm, partial) for norm in inventory]
     known = {norm.name for norm in inventory}
     others = [o for (name, is_norm), o in state.outcomes.items() if not is_norm or name not in known]
     return Report((*about_norms, *others), tuple(dict.fromkeys(one.name for one in passes)), notes)
 
 
-def _left(norm: norms.Norm) -> Outcome:
+def _left(norm: norms.Norm, partial: bool) -> Outcome:
     """Return the outcome of a norm that no pass looked at."""
     if not norm.nodes:
-        return Outcome("", Status.NOT_REACHED, norm.name, norm.layer)
-    detail = f"{norm.layer} normalises by statistics of its own input"
+        unseen = Refusal(Reason.PARTIAL_CAPTURE, "what calls it could not be traced", "pass example_inputs")
+        return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if partial else None)
+    detail = f"no pass of this run has anything to move out of a {norm.layer}"
     return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=Refusal(Reason.UNSUPPORTED_LAYER, detail))
