@@ -64,7 +64,7 @@ def outputs(made: onnx.ModelProto, seed: int = 3) -> list[np.ndarray]:
         feeds[value.name] = np.asarray(
             random.standard_normal(shape) > 0 if dtype == np.bool_ else random.standard_normal(shape), dtype
         )
-    return ReferenceEvaluator(made, new_ops=[ConvTranspose]).run(None, feeds)
+    return list(ReferenceEvaluator(made, new_ops=[ConvTranspose]).run(None, feeds))
 
 
 def folds(made: onnx.ModelProto, left: int = 0) -> OnnxFoldResult:

@@ -91,7 +91,7 @@ def test_branches_become_one_convolution(name: str) -> None:
 def test_what_runs_before_and_after_the_branches_stays() -> None:
     head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.SiLU())
     _, result = merged(Block(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), head=head))
-    assert [type(m).__name__ for m in result.model[2]] == ["Sequential", "Conv2d", "ReLU"]
+    assert [type(m).__name__ for m in result.model[2].children()] == ["Sequential", "Conv2d", "ReLU"]
 
 
 def test_a_difference_and_a_scale_merge() -> None:
