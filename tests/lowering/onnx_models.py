@@ -64,7 +64,8 @@ def outputs(made: onnx.ModelProto, seed: int = 3) -> list[np.ndarray]:
         feeds[value.name] = np.asarray(
             random.standard_normal(shape) > 0 if dtype == np.bool_ else random.standard_normal(shape), dtype
         )
-    return list(ReferenceEvaluator(made, new_ops=[ConvTranspose]).run(None, feeds))
+    results: Any = ReferenceEvaluator(made, new_ops=[ConvTranspose]).run(None, feeds)
+    return list(results)
 
 
 def folds(made: onnx.ModelProto, left: int = 0) -> OnnxFoldResult:
