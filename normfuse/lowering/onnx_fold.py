@@ -66,12 +66,15 @@ def fold_onnx(source: Source, *, include: Sequence[str] = (), exclude: Sequence[
         exclude: Shell patterns of norm names that are left.
 
     Raises:
-        LoadError: The file cannot be read as ONNX.
+        LoadError: The file, or the external file that holds its weights, cannot be read as ONNX.
     """
     model = _load(source)
     objection = _check(model)
-    with _inferred_shapes(model):
-        outcomes = fold_norms(model, tuple(include), tuple(exclude))
+    try:
+        with _inferred_shapes(model):
+            outcomes = fold_norms(model, tuple(include), tuple(exclude))
+    except OSError as error:  # external weights are read when a norm needs them
+        raise LoadError(f"weights outside the ONNX file cannot be read: {error}") from error
     for graph in model.graphs():
         for value in tuple(graph.initializers.values()):
             prune(value)

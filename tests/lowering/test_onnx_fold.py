@@ -189,6 +189,14 @@ def test_files_with_external_data(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folded.onnx", "folded.onnx.data", "source"]
 
 
+def test_missing_external_data(tmp_path: Path) -> None:
+    made, path = model(TO_CONV, **CONV, **norm("n", 6)), tmp_path / "m.onnx"
+    onnx.save_model(made, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    (tmp_path / "m.onnx.data").unlink()
+    with pytest.raises(LoadError, match=r"m\.onnx\.data"):
+        fold_onnx(path)
+
+
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normfuse.base import Reason
 from normfuse.lowering.onnx_fold import count_ops
@@ -289,3 +291,33 @@ def test_refused_when_it_would_take_two_additions() -> None:
     made = model(text, w=array(4, 6), v=array(4, 5), **norm("n", 4))
     result = folds(made, left=1)
     assert "one elsewhere" in only_refusal(result).detail
+
+
+PASSES = {  # keep (n, 6, h, w); every one lets any map through, in both directions
+    "Identity({v})": {},
+    "Dropout({v})": {},
+    "Neg({v})": {},
+    "Mul({v}, factor)": {"factor": array(6, 1, 1)},
+    "Div({v}, number)": {"number": array()},
+    "Add(term, {v})": {"term": array(1, 6, 1, 1)},
+    "Sub(number, {v})": {"number": array()},
+    "AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>({v})": {},
+    "ReduceMean<axes=[-1]>({v})": {},
+    'Pad<mode="edge">({v}, edges)': {"edges": np.array([0, 0, 1, 0, 0, 0, 2, 1])},
+    'Resize<mode="nearest">({v}, , twice)': {"twice": np.array([1, 1, 2, 1], np.float32)},
+}
+
+
+@given(st.lists(st.sampled_from(sorted(PASSES)), max_size=5), st.booleans())
+@settings(max_examples=40)
+def test_any_chain_of_what_passes_folds(chain: list[str], forwards: bool) -> None:
+    ops = [
+        *([bn("{v}")] if forwards else ["Conv({v}, w, b)"]),
+        *chain,
+        *(["Conv({v}, w, b)"] if forwards else [bn("{v}")]),
+    ]
+    names = ["x", *(f"v{i}" for i in range(len(ops) - 1)), "y"]
+    body = " ".join(f"{names[i + 1]} = {op.format(v=names[i])}" for i, op in enumerate(ops))
+    arrays = {name: value for op in chain for name, value in PASSES[op].items()}
+    text = f"(double[2,6,5,5] x) => (double[?,?,?,?] y) {{ {body} }}"
+    folds(model(text, w=array(6, 6, 1, 1), b=array(6), **arrays, **norm("n", 6)))
