@@ -57,6 +57,11 @@ BACKWARDS = {
         f"{IMAGE} {{ v = Identity(w) u = Transpose<perm=[1,0,2,3]>(v) h = Conv(x, u) y = {bn('h')} }}",
         {"w": array(4, 6, 3, 3)},
     ),
+    "bias of computed zeros": (
+        f"{IMAGE} {{ s = Shape<start=0, end=1>(w) z = CastLike(zero, x) v = Expand(z, s)"
+        f" h = Conv(x, w, v) y = {bn('h')} }}",
+        {"w": CONV["w"], "zero": np.float32(0).reshape(())},
+    ),
     "average pools": (
         f"{IMAGE} {{ h = Conv(x, w, b) p = AveragePool<kernel_shape=[2,2], pads=[1,1,0,0]>(h)"
         f" q = ReduceMean<axes=[-1]>(p) d = Dropout(q) y = {bn('d')} }}",

@@ -118,10 +118,13 @@ def pad_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> None
     """Pass; the constant becomes the one that the map takes to it."""
     if index != 0:
         raise Refused(Reason.OPAQUE_OPERATION, f"{label(node)} reads the value as its input {index}")
-    if (m.scale == 0).any() and m.has_shift:
-        raise Refused(Reason.NONZERO_PADDING, f"{label(node)} pads channels whose scale is zero")
-    scale = np.where(m.scale == 0, 1.0, m.scale)
-    _set_pad_value(route, node, m, lambda value: (value - m.shift) / scale)
+
+    def before(value: float) -> np.ndarray:
+        if (m.scale == 0).any() and m.has_shift:
+            raise Refused(Reason.NONZERO_PADDING, f"{label(node)} pads channels whose scale is zero")
+        return (value - m.shift) / np.where(m.scale == 0, 1.0, m.scale)
+
+    _set_pad_value(route, node, m, before)
     route.forwards(node.outputs[0], m)
 
 

@@ -145,10 +145,12 @@ def _evaluated(node: ir.Node) -> np.ndarray | None:
     rule = EVALUATED.get(node.op_type)
     if rule is None or len(node.outputs) != 1:
         return None
-    inputs = [constant(value) for value in node.inputs]
+    values = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+    inputs = [constant(value) for value in values]
     if any(array is None for array in inputs):
         return None
-    return np.asarray(rule(node, *inputs))
+    array = rule(node, *inputs)
+    return None if array is None else np.asarray(array)
 
 
 def _reshape(node: ir.Node, array: np.ndarray, shape: np.ndarray) -> np.ndarray:
@@ -170,13 +172,24 @@ def _cast(node: ir.Node, array: np.ndarray) -> np.ndarray:
     return array.astype(ir.DataType(node.attributes.get_int("to", int(ir.DataType.FLOAT))).numpy())
 
 
-EVALUATED: dict[str, Callable[..., np.ndarray]] = {
+def _cast_like(node: ir.Node, array: np.ndarray) -> np.ndarray | None:
+    model = node.inputs[1]
+    return None if model is None or model.dtype is None else array.astype(model.dtype.numpy())
+
+
+def _shape(node: ir.Node, array: np.ndarray) -> np.ndarray:
+    return np.array(array.shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", None)], np.int64)
+
+
+EVALUATED: dict[str, Callable[..., np.ndarray | None]] = {
     "Identity": lambda node, array: array,
     "Transpose": lambda node, array: np.transpose(array, node.attributes.get_ints("perm", None)),
     "Reshape": _reshape,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze,
     "Cast": _cast,
+    "CastLike": _cast_like,
+    "Shape": _shape,
     "Expand": lambda node, array, shape: array * np.ones(shape, array.dtype),
     "Add": lambda node, a, b: a + b,
     "Sub": lambda node, a, b: a - b,
