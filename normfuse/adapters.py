@@ -44,3 +44,11 @@ def frozen(module: nn.Module) -> Frozen | None:
 def is_known(module: nn.Module) -> bool:
     """Whether an adapter describes the module, so that the readers take it as one operation."""
     return "forward" not in vars(module) and frozen(module) is not None
+
+
+def pads_same(module: nn.Module) -> bool:
+    """Whether the module is a convolution that pads by the size of its input, as TensorFlow's ``SAME`` does."""
+    cls = type(module)
+    return (
+        "forward" not in vars(module) and f"{cls.__module__}.{cls.__qualname__}" == "timm.layers.conv2d_same.Conv2dSame"
+    )

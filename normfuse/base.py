@@ -50,6 +50,7 @@ class Reason(enum.Enum):
     UNINITIALIZED = "uninitialized"
     NONFINITE = "non-finite values"
     NO_PRODUCER = "model input"
+    POST_NORM = "post-norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Match:
         norm: Whether the subject is a normalization layer.
         partners: Qualified names of the layers that take part, known after ``check`` for the folding passes.
         remains: Whether the norm stays and only lost a part, its gain and shift.
+        kept: Why it stays, where the rest of the rewrite was not legal.
         absorbed: ``(name, layer)`` of norms that vanish with the subject, where that is not itself a norm.
         payload: What ``check`` worked out for ``apply``, private to the pass.
     """
@@ -98,6 +100,7 @@ class Match:
     norm: bool = True
     partners: tuple[str, ...] = ()
     remains: bool = False
+    kept: Refusal | None = None
     absorbed: tuple[tuple[str, str], ...] = ()
     payload: Any = field(default=None, compare=False, repr=False)
 

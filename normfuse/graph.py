@@ -43,6 +43,8 @@ class ModelGraph:
         calls: Calls of the modules that were read through.
         partial: Names of the parts that were traced on their own; empty when the whole model was read.
         training: Names of modules that were in training mode inside a model in eval mode.
+        edits: What was done to the structure of the model through this graph.
+        inputs: What the recorded run was given; None where the model was traced.
     """
 
     root: nn.Module
@@ -51,6 +53,7 @@ class ModelGraph:
     partial: tuple[str, ...] = ()
     training: frozenset[str] = frozenset()
     edits: list[Edit] = field(default_factory=list)
+    inputs: Inputs | None = None
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.graph.nodes)

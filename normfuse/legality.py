@@ -30,7 +30,7 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
     if graph.partial:
         hint = "pass example_inputs"
         raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced, callers may be unseen", hint)
-    _require_unwatched(plan, graph)
+    require_unwatched(plan, graph)
     tensors: dict[str, Tensor] = {}
     for (absorber, side), calls in plan.maps.items():
         _require_own(absorber, calls, graph)
@@ -43,12 +43,16 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
             raise Refused(Reason.SHARED_MODULE, f"{absorber.name} would take a map on both sides")
         tensors |= new
     for name, value in tensors.items():
-        _require_in_range(name, value, graph)
+        require_in_range(name, value, graph)
     return tensors
 
 
-def _require_unwatched(plan: Plan, graph: ModelGraph) -> None:
-    """Refuse where a hook, of a layer on the route or of a block around it, would see a value that changes."""
+def require_unwatched(plan: Plan, graph: ModelGraph) -> None:
+    """Refuse where a hook, of a layer on the route or of a block around it, would see a value that changes.
+
+    Raises:
+        Refused: There is one.
+    """
     written = {node for (_, side), calls in plan.maps.items() if side == "output" for node in calls}
     changed = written.union(plan.passed)
     for node in plan.passed:
@@ -127,7 +131,12 @@ def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
         raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
 
 
-def _require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
+def require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:
+    """Refuse a new value that is not finite, or not in the dtype the tensor has.
+
+    Raises:
+        Refused: It is one of them.
+    """
     owner, _, attribute = name.rpartition(".")
     old = getattr(graph.module(owner), attribute, None)
     like = old if isinstance(old, Tensor) else next(iter(graph.module(owner).parameters(recurse=False)))

@@ -41,11 +41,20 @@ def scale_outputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed:
         transposed: Whether the layout is that of a transposed convolution.
     """
     weight = exact(weight)
-    if not transposed:
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    by_group = weight.reshape(groups, -1, *weight.shape[1:])  # (in, out/g, *k) -> (g, in/g, out/g, *k)
-    factor = scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
-    return (by_group * factor).reshape(weight.shape)
+    factor = per_output(scale, weight, groups, transposed)
+    return (by_output(weight, groups, transposed) * factor).reshape(weight.shape)
+
+
+def by_output(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
+    """Return the weight as it is, or of a transposed convolution the view ``(groups, in/groups, out/groups, *k)``."""
+    return weight.unflatten(0, (groups, -1)) if transposed else weight
+
+
+def per_output(vector: Tensor, weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
+    """Return a vector of the output channels, ``(out,)``, that broadcasts over :func:`by_output` of the weight."""
+    if transposed:
+        return vector.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return vector.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def scale_inputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:

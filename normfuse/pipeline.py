@@ -16,6 +16,7 @@ from normfuse import deploy, norms, surgery
 from normfuse.base import Match, Pass, Reason, Refusal
 from normfuse.capture import capture, unwrap
 from normfuse.graph import Inputs, ModelGraph, module_names
+from normfuse.layers import tuned
 from normfuse.manifest import make_manifest
 from normfuse.report import Outcome, Report, Status
 
@@ -71,14 +72,17 @@ def run(
     selection: Selection = Selection(),
     inplace: bool = False,
 ) -> Result[M]:
-    """Run passes in order on a model, or on a copy of it, and return it in eval mode with the report.
+    """Run passes in order on a model, or on a copy of it, and return it with the report.
+
+    The model returned is in eval mode, unless all passes are reversible: those leave its mode alone.
 
     Raises:
         CaptureError: The model could not be read.
     """
     user_model = unwrap(model)
-    notes = _notes(user_model)
+    notes = _notes(user_model, passes)
     work = user_model if inplace else surgery.copy(user_model)
+    tuned.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(user_model.state_dict())
     state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
     graph = capture(work, example_inputs)
@@ -86,18 +90,34 @@ def run(
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             graph = replace(capture(work, example_inputs), edits=graph.edits)
-    report = _report(inventory, passes, state, notes, partial)
+    report = _report(inventory, passes, state, (*notes, *_unseen(graph, passes)), partial)
+    if all(one.reversible for one in passes):
+        return Result(work, report)  # type: ignore[arg-type]
     for name, module in work.named_modules():
         module.training = name in graph.training
-    if report and not all(one.reversible for one in passes):
+    if report:
         deploy.guard(work, make_manifest(work, before, graph.edits, report))
     return Result(work, report)  # type: ignore[arg-type]
 
 
-def _notes(model: nn.Module) -> tuple[str, ...]:
-    if not model.training:
+def _notes(model: nn.Module, passes: Sequence[Pass]) -> tuple[str, ...]:
+    if all(one.reversible for one in passes):
         return ()
-    return ("the model was in training mode; what was folded is its eval form",)
+    folds = model.training and not deploy.TRAINABLE.issuperset(one.name for one in passes)
+    notes = ["the model was in training mode; what was folded is its eval form"] if folds else []
+    if any(isinstance(module, tuned.TunedLayer) for module in model.modules()):
+        notes.append("the model was in Tune mode; it was taken out of it first")
+    return tuple(notes)
+
+
+def _unseen(graph: ModelGraph, passes: Sequence[Pass]) -> tuple[str, ...]:
+    """Return what a partial capture leaves open for the passes that do not refuse it, since they can be undone."""
+    if not (graph.partial and any(one.reversible for one in passes)):
+        return ()
+    return (
+        "only parts of the model could be traced: code outside them that calls a paired layer by itself would get the "
+        "normalized value; pass example_inputs to be sure",
+    )
 
 
 def _run_pass(one: Pass, graph: ModelGraph, state: _Run) -> bool:
@@ -139,13 +159,15 @@ def _original_name(match: Match, graph: ModelGraph, state: _Run) -> str:
 def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _Run) -> None:
     done = isinstance(answer, Match)
     before = state.outcomes.get((name, match.norm))
-    if before is not None and (before.status is Status.APPLIED or not done):
+    if before is not None and before.status is Status.APPLIED and (not done or before.pass_name == one.name):
         return
-    refusal = None if isinstance(answer, Match) else answer
+    if before is not None and not done:
+        return
+    refusal = answer.kept if isinstance(answer, Match) else answer
     partners = answer.partners if isinstance(answer, Match) else match.partners
     status = Status.APPLIED if done else Status.REFUSED
     state.outcomes[name, match.norm] = Outcome(
-        one.name, status, name, match.layer, match.norm, partners, refusal, done and match.remains
+        one.name, status, name, match.layer, match.norm, partners, refusal, isinstance(answer, Match) and answer.remains
     )
     for norm, layer in answer.absorbed if isinstance(answer, Match) else ():
         state.outcomes[norm, True] = Outcome(one.name, status, norm, layer, True, (name,))

@@ -14,6 +14,15 @@ from typing import Any
 from normfuse.base import Refusal
 
 SCHEMA_VERSION = 1
+_SHOWN = 4  # partners that a line of a printed report names
+_VERBS = {  # by the name of the pass, and whether the norm remains
+    ("tune-mode", False): "applied by the layer before",
+    ("tune-mode", True): "on fixed statistics where they are",
+    ("center-norm", False): "turned into RMSNorm",
+    ("swap-unified", False): "swapped",
+    ("swap-l1", False): "swapped",
+    ("fold-bn", True): "folded but for their group scaling",
+}
 
 
 class Status(enum.Enum):
@@ -36,8 +45,8 @@ class Outcome:
         layer: Its class name: ``"BatchNorm2d"``.
         norm: Whether it is a normalization layer; each of those is in a report once.
         partners: The layers that absorbed it, or took part.
-        refusal: Why not, where it was refused or not matched.
-        remains: Whether an applied norm stays, without its gain and shift.
+        refusal: Why not, where it was refused or not matched, or why no more than what was applied.
+        remains: Whether an applied norm stays: without its gain and shift, or in Tune mode on its own.
     """
 
     pass_name: str
@@ -66,8 +75,10 @@ class Outcome:
 
     def line(self) -> tuple[str, str, str]:
         """Return ``(status, what, why)``, the columns of a printed report."""
-        what = f"{', '.join(self.partners)} <- {self.subject}" if self.partners else self.subject
-        why = "gain and shift moved, the norm remains" if self.remains else ""
+        more = len(self.partners) > _SHOWN
+        partners = ", ".join(self.partners[:_SHOWN]) + (f" and {len(self.partners) - _SHOWN} more" if more else "")
+        what = f"{partners} <- {self.subject}" if self.partners else self.subject
+        why = _verb(self) if self.remains or (self.pass_name, False) in _VERBS else ""
         return self.status.value, what, str(self.refusal) if self.refusal else why
 
 
@@ -114,10 +125,12 @@ class Report:
         """Return one line: ``"fold-bn: 51 of 53 norms folded, 2 refused (2 extra consumer)"``."""
         norms = self.norms
         done = [o for o in norms if o.status is Status.APPLIED]
-        moved = sum(o.remains for o in done)
-        parts = [f"{len(done) - moved} of {len(norms)} norms folded"]
-        if moved:
-            parts.append(f"{moved} without gain and shift")
+        verbs = {_VERBS.get((name, False), "folded"): [] for name in self.passes} or {"folded": []}
+        for outcome in done:
+            verbs.setdefault(_verb(outcome), []).append(outcome)
+        (first, those), *others = verbs.items()
+        parts = [f"{len(those)} of {len(norms)} norms {first}"]
+        parts += [f"{len(those)} {verb}{_reasons(those)}" for verb, those in others if those]
         for status in (Status.REFUSED, Status.UNMATCHED, Status.NOT_REACHED):
             left = [o for o in norms if o.status is status]
             if left:
@@ -142,6 +155,11 @@ class Report:
         width = max((len(row[1]) for row in rows), default=0)
         lines = [f"  {status:<11}  {what:<{min(width, 60)}}  {why}".rstrip() for status, what, why in rows]
         return "\n".join([self.summary(), *lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _verb(outcome: Outcome) -> str:
+    usual = "without gain and shift" if outcome.remains else "folded"
+    return _VERBS.get((outcome.pass_name, outcome.remains), usual)
 
 
 def _reasons(outcomes: list[Outcome]) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from normfuse import deploy
 from normfuse.capture import unwrap
 from normfuse.errors import NormfuseError
+from normfuse.layers import tuned
 from normfuse.manifest import make_manifest
 from normfuse.report import Report
 
@@ -44,7 +45,7 @@ def save(
     arch_kwargs: Mapping[str, Any] | None = None,
     verification: Any = None,
 ) -> None:
-    """Save a model, folded or not, so that :func:`normfuse.load` rebuilds it.
+    """Save a model, folded or not, so that :func:`normfuse.load` rebuilds it; one in Tune mode as it was before.
 
     Args:
         model: The model.
@@ -59,8 +60,8 @@ def save(
         NormfuseError: The model cannot be pickled, or the format cannot hold it.
     """
     model, path = unwrap(model), Path(path)
-    manifest = complete_manifest(model, arch, arch_kwargs, verification)
-    with _replacing(path) as temporary:
+    with tuned.left(model), _replacing(path) as temporary:
+        manifest = complete_manifest(model, arch, arch_kwargs, verification)
         if path.suffix == ".safetensors":
             _write_safetensors(model, manifest, temporary)
         else:

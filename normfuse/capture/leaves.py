@@ -3,6 +3,7 @@
 A module is a leaf if it runs the ``forward`` of a ``torch.nn`` layer unchanged, whatever its own class is called. A
 subclass that overrides ``forward`` (timm's ``Conv2dSame`` and ``BatchNormAct2d``) is read through: its calls of
 ``F.conv2d`` and ``F.batch_norm`` on its own parameters say what it does.
+So is a norm of :mod:`normfuse.layers` that is a fixed map of each channel in eval mode.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from normfuse import adapters
+from normfuse.layers.affine_inference import AffineInference
 
 _CONTAINERS = (
     nn.Sequential,
@@ -40,6 +42,18 @@ def base_layer(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def affine_inference(module: nn.Module | None) -> AffineInference | None:
+    """Return the module if it is a fixed map in eval mode, and neither it nor a subclass has another ``forward``."""
+    if not isinstance(module, AffineInference) or "forward" in vars(module):
+        return None
+    for cls in type(module).__mro__:
+        if any(name in vars(cls) for name in _BEHAVIOUR):
+            return module if cls.__module__.startswith("normfuse.layers.") else None
+    return None
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether the readers take a call of the module as one operation."""
-    return isinstance(module, torch.jit.ScriptModule) or base_layer(module) is not None or adapters.is_known(module)
+    if isinstance(module, torch.jit.ScriptModule) or adapters.is_known(module):
+        return True
+    return base_layer(module) is not None or affine_inference(module) is not None

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfuse.capture.leaves import is_leaf
-from normfuse.capture.modes import eval_mode
+from normfuse.capture.modes import in_mode, unchanged
 from normfuse.errors import CaptureError
 from normfuse.graph import Inputs, ModelGraph, ModuleCall, is_uninitialized, module_names, named_tensors
 
@@ -35,23 +35,25 @@ _METADATA = frozenset(
 )
 
 
-def record(model: nn.Module, example_inputs: Inputs) -> ModelGraph:
-    """Run ``model`` once in eval mode on ``example_inputs`` and return what it did as a graph with shapes.
+def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> ModelGraph:
+    """Run ``model`` once on ``example_inputs`` and return what it did as a graph with shapes.
+
+    The run is in eval mode or, all but the norms, in training mode.
 
     Raises:
         CaptureError: The model raised an exception on these inputs.
     """
     _require_values(model)
-    training = training_inside_eval(model)
+    inside = frozenset() if training else training_inside_eval(model)
     args, kwargs = as_call(example_inputs)
     recorder = _Recorder(model)
-    with eval_mode(model), torch.no_grad():
+    with in_mode(model, training=training), torch.no_grad(), unchanged(model):
         try:
             output = recorder.run(args, kwargs)
         except Exception as error:
             raise CaptureError(f"the model does not run on the example inputs: {_one_line(error)}") from error
     recorder.graph.output(recorder.nodes_of((output, recorder.kept())))
-    return ModelGraph(model, recorder.graph, calls=recorder.calls, training=training)
+    return ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
 
 
 def _require_values(model: nn.Module) -> None:

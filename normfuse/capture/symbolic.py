@@ -20,22 +20,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from normfuse.capture.leaves import is_leaf
-from normfuse.capture.modes import eval_mode
+from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.recorded import opaque, training_inside_eval
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, ModuleCall, named_tensors
 from normfuse.surgery import module_names
 
 
-def trace(model: nn.Module) -> ModelGraph:
-    """Trace ``model``, or every part of it that can be traced, in eval mode.
+def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
+    """Trace ``model``, or every part of it that can be traced, in eval mode, or all but its norms in training mode.
 
     Raises:
         CaptureError: No part of it can be traced.
     """
     names = _Names(model)
-    training = training_inside_eval(model)
-    with eval_mode(model), torch.no_grad(), warnings.catch_warnings():
+    inside = frozenset() if training else training_inside_eval(model)
+    with in_mode(model, training=training), torch.no_grad(), unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             tracer = _trace_part(model, names)
@@ -44,8 +44,8 @@ def trace(model: nn.Module) -> ModelGraph:
             if not parts:
                 text = f"no part of the model can be traced ({_first_line(error)}); pass example_inputs"
                 raise CaptureError(text) from error
-            return _side_by_side(model, parts, training)
-    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=training)
+            return _side_by_side(model, parts, inside)
+    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=inside)
 
 
 def _first_line(error: Exception) -> str:

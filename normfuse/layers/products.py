@@ -1,0 +1,148 @@
+"""Convolutions and linear layers as functions of ``(x, weight, bias)``, with their two gradients.
+
+    y = W x + b        dx = W^T dy        dW = dy x^T        db = sum of dy over all but the channels
+
+Layouts of the weight: ``(out, in/groups, *k)`` for convolutions, ``(in, out/groups, *k)`` for transposed ones,
+``(out, in)`` for linear layers. Channels are axis 1 of a convolution's output and the last axis of a linear layer's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfuse import numerics
+
+
+class Product(Protocol):
+    """A layer that multiplies by a weight."""
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``W x + b``."""
+        ...
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of ``x`` and of the weight, None where not needed."""
+        ...
+
+    def by_output(self, weight: Tensor) -> Tensor:
+        """Return a view of the weight in which the output channels are the axes that :meth:`per_output` fills."""
+        ...
+
+    def per_output(self, vector: Tensor, weight: Tensor) -> Tensor:
+        """Return a vector of the output channels, ``(out,)``, that broadcasts over :meth:`by_output`."""
+        ...
+
+    def per_channel(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Return a vector of the output channels that broadcasts over the output ``y``."""
+        ...
+
+    def over_channels(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum of ``y``, taken in ``dtype``, over all but its channels, ``(out,)``."""
+        ...
+
+    def output_size(self, x: Tensor, weight: Tensor) -> int:
+        """Return the number of elements of the output."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """The geometry of a convolution over a batch; padding is with zeros and equal on both sides."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``W x + b``, ``(N, out, *)``."""
+        return torch.convolution(x, weight, bias, *self._geometry())
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of ``x`` and of the weight, None where not needed."""
+        mask = [*needed, False]
+        dx, dw, _ = torch.ops.aten.convolution_backward.default(grad, x, weight, None, *self._geometry(), mask)
+        return dx if needed[0] else None, dw if needed[1] else None
+
+    def _geometry(self) -> Any:
+        output_padding = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
+
+    def by_output(self, weight: Tensor) -> Tensor:
+        """Return the weight as it is, ``(out, in/g, *k)``, or of a transposed one ``(g, in/g, out/g, *k)``."""
+        return numerics.by_output(weight, self.groups, self.transposed)
+
+    def per_output(self, vector: Tensor, weight: Tensor) -> Tensor:
+        """Return ``(out, 1, 1...)``, or of a transposed one ``(g, 1, out/g, 1...)``."""
+        return numerics.per_output(vector, weight, self.groups, self.transposed)
+
+    def per_channel(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Return ``(out, 1...)``."""
+        return vector.reshape(-1, *[1] * (y.dim() - 2))
+
+    def over_channels(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over batch and space."""
+        return y.sum((0, *range(2, y.dim())), dtype=dtype)
+
+    def output_size(self, x: Tensor, weight: Tensor) -> int:
+        """Return the number of elements of the output."""
+        out = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+        return (
+            x.shape[0] * out * math.prod(self._length(axis, x.shape[axis + 2], weight) for axis in range(x.dim() - 2))
+        )
+
+    def _length(self, axis: int, size: int, weight: Tensor) -> int:
+        reach = self.dilation[axis] * (weight.shape[axis + 2] - 1)
+        if self.transposed:
+            more = self.output_padding[axis] if self.output_padding else 0
+            return (size - 1) * self.stride[axis] - 2 * self.padding[axis] + reach + more + 1
+        return (size + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A linear layer, over the last axis."""
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``W x + b``, ``(*, out)``."""
+        return F.linear(x, weight, bias)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of ``x`` and of the weight, None where not needed."""
+        dx = grad @ weight if needed[0] else None
+        dw = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
+        return dx, dw
+
+    def by_output(self, weight: Tensor) -> Tensor:
+        """Return the weight, ``(out, in)``."""
+        return weight
+
+    def per_output(self, vector: Tensor, weight: Tensor) -> Tensor:
+        """Return ``(out, 1)``."""
+        return vector.unsqueeze(1)
+
+    def per_channel(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Return ``(out,)``."""
+        return vector
+
+    def over_channels(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over all but the last axis."""
+        return y.reshape(-1, y.shape[-1]).sum(0, dtype=dtype)
+
+    def output_size(self, x: Tensor, weight: Tensor) -> int:
+        """Return the number of elements of the output."""
+        return x.numel() // max(x.shape[-1], 1) * weight.shape[0]

@@ -1,0 +1,204 @@
+"""A product whose outputs are normalized by fixed statistics, at the memory of the product alone.
+
+    r = 1 / sqrt(var + eps)     a = gamma r
+    z = a (W x + b - mean) + beta  =  (a W) x + a (b - mean) + beta
+
+With ``G = dJ/dz``, ``S = sum of G`` over all but the channels, and ``V`` the weight gradient of ``(a W) x``:
+
+    dJ/dW = a V      dJ/db = a S      dJ/dbeta = S      dJ/dgamma = r (<V, W> + (b - mean) S)      dJ/dx = (a W)^T G
+
+(arXiv 2305.11624; ``<V, W>`` is the sum of products per output channel.) Only ``x`` is kept for backward beside the
+parameters: ``a W`` is made again. Where the output is smaller than the weight, the output is scaled instead, and
+``<V, W> = <dJ/dW, W> / a``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normfuse.layers.products import Product
+
+
+class Statistics(NamedTuple):
+    """A norm's inference form; every vector is ``(C,)``.
+
+    Attributes:
+        gain: ``gamma``, or None for 1.
+        shift: ``beta``, or None for 0.
+        rstd: ``r``.
+        centre: ``-mean``.
+    """
+
+    gain: Tensor | None
+    shift: Tensor | None
+    rstd: Tensor
+    centre: Tensor
+
+    def scale(self) -> Tensor:
+        """Return ``a``."""
+        return self.rstd if self.gain is None else self.rstd * self.gain
+
+    def offset(self, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``a (b - mean) + beta``."""
+        centred = self.centred(bias)
+        return scale * centred if self.shift is None else torch.addcmul(self.shift, scale, centred)
+
+    def centred(self, bias: Tensor | None) -> Tensor:
+        """Return ``b - mean``."""
+        return self.centre if bias is None else self.centre + bias
+
+
+def needs_plain(*tensors: Tensor) -> bool:
+    """Whether only :func:`plain` will do: for tracers, function transforms, and tensors that are not plain numbers."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    return any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:
+    """Return ``z`` by the operations of the formula, each of which autograd, tracers and transforms know."""
+    scale = norm.scale()
+    return product.run(x, scaled(weight, scale, product).to(x.dtype), norm.offset(scale, bias).to(x.dtype))
+
+
+def scaled(weight: Tensor, scale: Tensor, product: Product) -> Tensor:
+    """Return ``a W`` in the layout of the weight."""
+    return (product.by_output(weight) * product.per_output(scale, weight)).view(weight.shape)
+
+
+def scaled_output(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, product: Product) -> Tensor:
+    """Return ``a (W x)`` plus an offset per channel: the output is scaled, not the weight."""
+    y = product.run(x, weight.to(x.dtype), None)
+    return torch.addcmul(product.per_channel(offset, y), y, product.per_channel(scale, y)).to(x.dtype)
+
+
+class ScaledProduct(torch.autograd.Function):
+    """``z`` of the module docstring, with the weight trainable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        rstd: Tensor,
+        centre: Tensor,
+        product: Product,
+    ) -> Tensor:
+        """Return ``z``; keep ``x`` and the parameters."""
+        norm = Statistics(gain, shift, rstd, centre)
+        scale = norm.scale()
+        offset = norm.offset(scale, bias)
+        ctx.product, ctx.on_output = product, _prefers_output(x, weight, scale, product)
+        ctx.save_for_backward(x, weight, bias, gain, shift, rstd, centre, scale)
+        if ctx.on_output:
+            return scaled_output(x, weight, scale, offset, product)
+        return product.run(x, _scaled_in_scratch(weight, scale, product).to(x.dtype), offset.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """Return the gradients of the tensors; differentiable where a graph is asked for."""
+        x, weight, bias, *vectors, scale = ctx.saved_tensors
+        norm = Statistics(*vectors)
+        if torch.is_grad_enabled():
+            return *_through_plain(ctx, grad, x, weight, bias, norm), None, None, None
+        total = ctx.product.over_channels(grad, norm.rstd.dtype)
+        dx, dw, dots = (_on_output if ctx.on_output else _on_weight)(ctx, grad, x, weight, scale)
+        dbias = scale * total if ctx.needs_input_grad[2] else None
+        dgain = None if dots is None else torch.addcmul(dots, norm.centred(bias), total).mul_(norm.rstd)
+        dshift = total if ctx.needs_input_grad[4] else None
+        return dx, dw, dbias, dgain, dshift, None, None, None
+
+
+def _prefers_output(x: Tensor, weight: Tensor, scale: Tensor, product: Product) -> bool:
+    """Whether to scale the output: on a CPU, where it is the smaller one and no scale is too near zero to divide by."""
+    if not x.is_cpu or x.dtype != weight.dtype or product.output_size(x, weight) >= weight.numel():
+        return False
+    return bool(scale.abs().min() > torch.finfo(scale.dtype).tiny ** 0.5)
+
+
+def _on_weight(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    product, (for_x, for_weight, _, for_gain, *_) = ctx.product, ctx.needs_input_grad
+    new = _scaled_in_scratch(weight, scale, product).to(x.dtype) if for_x else weight.to(x.dtype)
+    dx, v = product.gradients(grad, x, new, (for_x, for_weight or for_gain))
+    dots = _dots(v, weight, product) if for_gain else None
+    if not for_weight:
+        return dx, None, dots
+    v = v.to(weight.dtype)
+    product.by_output(v).mul_(product.per_output(scale, weight))
+    return dx, v, dots
+
+
+def _on_output(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    product, (for_x, for_weight, _, for_gain, *_) = ctx.product, ctx.needs_input_grad
+    dx, dw = product.gradients(grad * product.per_channel(scale, grad), x, weight, (for_x, for_weight or for_gain))
+    dots = _dots(dw, weight, product) / scale if for_gain else None
+    return dx, dw if for_weight else None, dots
+
+
+def _dots(gradient: Tensor, weight: Tensor, product: Product) -> Tensor:
+    """Return ``<V, W>``, the sums of products per output channel."""
+    v, w = product.by_output(gradient.to(weight.dtype)), product.by_output(weight)
+    products = torch.mul(v, w, out=_scratch(v)) if _is_large(v) else v * w
+    if v.dim() == weight.dim():
+        return products.sum(tuple(range(1, v.dim())))
+    return products.sum((1, *range(3, v.dim()))).flatten()
+
+
+def _through_plain(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics
+) -> list[Tensor | None]:
+    """Return the gradients of ``x, weight, bias, gain, shift`` with a graph of their own."""
+    with torch.enable_grad():  # views: x may depend on the weight, and that way belongs to who made x
+        given = [None if t is None else t.view_as(t) for t in (x, weight, bias, norm.gain, norm.shift)]
+        wanted = [t for t, needed in zip(given, ctx.needs_input_grad, strict=False) if needed]
+        z = plain(*given[:3], norm._replace(gain=given[3], shift=given[4]), ctx.product)  # type: ignore[arg-type]
+        found = iter(torch.autograd.grad(z, wanted, grad, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:5]]
+
+
+_room = threading.local()
+_LARGE = 1 << 15  # elements; above, an allocation comes as fresh pages, which the system must clear
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.numel() >= _LARGE
+
+
+def _scratch(like: Tensor) -> Tensor:
+    """Return a tensor of the same shape and strides whose memory every call in this thread shares.
+
+    A fresh tensor of some megabytes costs more, in pages that the system must clear, than the arithmetic on it.
+    """
+    held: dict[torch.dtype, Tensor] = vars(_room).setdefault("held", {})
+    size = like.numel()
+    if like.dtype not in held or held[like.dtype].numel() < size:
+        with torch.inference_mode(False):
+            held[like.dtype] = torch.empty(size, dtype=like.dtype)
+    room = held[like.dtype]
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return room.as_strided(like.shape, like.stride())
+    return room[:size].view(like.shape)
+
+
+def _scaled_in_scratch(weight: Tensor, scale: Tensor, product: Product) -> Tensor:
+    """Return ``a W``, where it is large in memory that the next call overwrites."""
+    if not _is_large(weight) or weight.dtype != scale.dtype:
+        return scaled(weight, scale, product)
+    new = _scratch(weight)
+    torch.mul(product.by_output(weight), product.per_output(scale, weight), out=product.by_output(new))
+    return new

@@ -1,0 +1,240 @@
+"""Layers in Tune mode: a product that applies the norm after it, and a norm that stays out of the way.
+
+A layer of the user's is put into Tune mode by a change of its class, to a subclass made here; the object, its
+parameters and its buffers stay. The product reads the statistics and the affine parameters of the norm at every call,
+through a reference that is no part of the module tree, and returns the normalized value
+(:mod:`normfuse.layers.scaled`). The norm returns its input. A norm that no product applies keeps its own arithmetic.
+The statistics of both stay as they are, whatever ``train()`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from normfuse.layers.clamp import Clamp
+from normfuse.layers.kept import Kept, effective_weight, fixed_statistics
+from normfuse.layers.products import Convolution, Matrix, Product
+from normfuse.layers.scaled import ScaledProduct, Statistics, needs_plain, plain, scaled_output
+
+_STATE = "_normfuse_tuned"
+
+
+@dataclass(slots=True)
+class Pairing:
+    """Which norm a product applies.
+
+    Attributes:
+        norm: The norm; no part of the module tree of the product.
+        channels: The channels of the norm that the product makes, in its order; None for all.
+        same: Whether the layer pads its input as TensorFlow's ``SAME`` does.
+    """
+
+    norm: nn.Module
+    channels: slice | list[int] | None = None
+    same: bool = False
+    fixed: Kept = field(default_factory=Kept)
+    effective: Kept = field(default_factory=Kept)
+
+    def statistics(self) -> Statistics:
+        """Return the present inference form of the norm, for the channels of the product."""
+        norm: Any = self.norm
+        gain, shift, channels = norm.weight, norm.bias, self.channels
+        if channels is not None:
+            gain, shift = (None if t is None else t[channels] for t in (gain, shift))
+        fixed = fixed_statistics(self.fixed, norm.running_mean, norm.running_var, norm.eps, channels)
+        return Statistics(gain, shift, *fixed)
+
+
+class TunedLayer(nn.Module):
+    """What all layers in Tune mode have in common: they know the class they had, and are pickled under it."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Name the class, which no module holds, by what it was made from."""
+        kind = cast(Any, type(self))._normfuse_kind
+        return _rebuild, (kind, original_class(self)), dict(vars(self))
+
+
+class TunedProduct(TunedLayer):
+    """A convolution or linear layer that returns the value after its norm."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return ``z`` of :mod:`normfuse.layers.scaled`, ``(N, out, *)`` or ``(*, out)``."""
+        x, layer = input, cast(Any, self)
+        pairing: Pairing = layer._normfuse_tuned
+        if isinstance(layer, nn.Linear):
+            return normalized_product(x, layer.weight, layer.bias, pairing, Matrix())
+        batched = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
+        padded, product = _geometry(layer, batched, output_size, pairing.same)
+        z = normalized_product(padded, layer.weight, layer.bias, pairing, product)
+        return z if batched is x else z.squeeze(0)
+
+
+class TunedNorm(TunedLayer):
+    """A norm that a product applies: returns its input, through whatever else the layer did after normalizing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input after the layers that follow the normalization inside this one."""
+        x = input
+        for path in vars(self)[_STATE]:
+            x = self.get_submodule(path)(x)
+        return x
+
+
+class FixedNorm(TunedLayer):
+    """A norm by its stored statistics, in whichever mode the model is."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the layer does in eval mode; what it contains follows the mode of the model."""
+        training, self.training = self.training, False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = training
+
+
+class TunedReLU6(TunedLayer):
+    """A clamp that keeps its output for backward, which the next layer keeps as well, in place of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input clamped to ``[min_val, max_val]``."""
+        x, layer = input, cast(Any, self)
+        if not (torch.is_grad_enabled() and x.requires_grad) or needs_plain(x):
+            return F.hardtanh(x, layer.min_val, layer.max_val, layer.inplace)
+        return cast(Tensor, Clamp.apply(x, layer.min_val, layer.max_val, layer.inplace))
+
+
+def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor:
+    """Return the normalized product, by the way that costs least for what is trained."""
+    norm = pairing.statistics()
+    if needs_plain(x, weight):
+        return plain(x, weight, bias, norm, product)
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weight.dtype:
+        return product.run(x, weight, bias)  # raises what the plain layer raises
+    training = torch.is_grad_enabled()
+    if training and weight.requires_grad:
+        return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm, product))
+    if training and norm.gain is not None and norm.gain.requires_grad:
+        return _normalize_after(x, weight, bias, norm, pairing, product)
+    if product.output_size(x, weight) < weight.numel():
+        scale = norm.scale()
+        return scaled_output(x, weight, scale, norm.offset(scale, bias), product)
+    fixed, offset = effective_weight(pairing.effective, weight, bias, norm, product, x.dtype)
+    if training and any(t is not None and t.requires_grad for t in (bias, norm.shift)):
+        offset = norm.offset(norm.scale(), bias).to(x.dtype)
+    return product.run(x, fixed, offset)
+
+
+def _normalize_after(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, pairing: Pairing, product: Product
+) -> Tensor:
+    """Return the normalized product where the gain is trained and the weight is not.
+
+    The gain's gradient then is cheaper to take from the output of the product than from a weight gradient, which nobody
+    else needs: the norm runs as it does in eval mode.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    y = product.run(x, weight.to(x.dtype), bias)
+    if isinstance(product, Matrix) and y.dim() != 2:
+        return torch.addcmul(norm.offset(norm.scale(), None), y, norm.scale()).to(x.dtype)
+    layer: Any = pairing.norm
+    mean, var = (
+        t if pairing.channels is None else t[pairing.channels] for t in (layer.running_mean, layer.running_var)
+    )
+    return F.batch_norm(y, mean, var, norm.gain, norm.shift, False, 0.0, layer.eps)
+
+
+def _geometry(layer: Any, x: Tensor, output_size: list[int] | None, same: bool) -> tuple[Tensor, Convolution]:
+    """Return the input, padded where zeros on both sides do not say it, and the geometry of what is left to do."""
+    if isinstance(layer, _ConvTransposeNd):
+        return x, _transposed_geometry(layer, x, output_size)
+    padding = layer.padding
+    if same:
+        x, padding = _pad_same(x, layer), (0,) * len(layer.stride)
+    elif layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = (0,) * len(layer.stride)
+    elif isinstance(padding, str):
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        totals = totals if padding == "same" else [0] * len(totals)
+        if any(total % 2 for total in totals):
+            x, totals = F.pad(x, layer._reversed_padding_repeated_twice), [0] * len(totals)
+        padding = tuple(total // 2 for total in totals)
+    return x, Convolution(layer.stride, padding, layer.dilation, layer.groups)
+
+
+def _transposed_geometry(layer: Any, x: Tensor, output_size: list[int] | None) -> Convolution:
+    where = (layer.stride, layer.padding, layer.kernel_size)
+    extra = layer._output_padding(x, output_size, *where, len(layer.kernel_size), layer.dilation)
+    return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups, True, tuple(extra))
+
+
+def _pad_same(x: Tensor, layer: Any) -> Tensor:
+    """Pad so that the output has ``ceil(size / stride)`` elements along each axis, one more after than before."""
+    widths: list[int] = []
+    for size, k, s, d in zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        total = max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
+        widths[:0] = [total // 2, total - total // 2]
+    return F.pad(x, widths) if any(widths) else x
+
+
+# change of class
+
+
+@functools.cache
+def tuned_class(kind: type[TunedLayer], cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of ``cls`` that runs in Tune mode as ``kind``."""
+    name = f"Tuned{cls.__name__}" if kind is not FixedNorm else f"Fixed{cls.__name__}"
+    return type(name, (kind, cls), {"__module__": __name__, "_normfuse_kind": kind, "_normfuse_class": cls})
+
+
+def enter(layer: nn.Module, kind: type[TunedLayer], state: object = None) -> None:
+    """Put one layer into Tune mode."""
+    vars(layer)[_STATE] = state
+    layer.__class__ = tuned_class(kind, type(layer))
+
+
+def leave(layer: nn.Module) -> None:
+    """Give a layer the class back that it had; any other layer stays as it is."""
+    if isinstance(layer, TunedLayer):
+        del vars(layer)[_STATE]
+        layer.__class__ = original_class(layer)  # type: ignore[assignment]
+
+
+def leave_all(model: nn.Module) -> None:
+    """Give every layer of a model the class back that it had."""
+    for module in list(model.modules()):
+        leave(module)
+
+
+@contextlib.contextmanager
+def left(model: nn.Module) -> Iterator[None]:
+    """Run a block with every layer of a model in the class that it had, and put all back into Tune mode afterwards."""
+    states = [(layer, type(layer), vars(layer)[_STATE]) for layer in model.modules() if isinstance(layer, TunedLayer)]
+    leave_all(model)
+    try:
+        yield
+    finally:
+        for layer, cls, state in states:
+            vars(layer)[_STATE] = state
+            layer.__class__ = cls
+
+
+def original_class(layer: TunedLayer) -> type[nn.Module]:
+    """Return the class that a layer had before Tune mode."""
+    return cast(Any, type(layer))._normfuse_class
+
+
+def _rebuild(kind: type[TunedLayer], cls: type[nn.Module]) -> nn.Module:
+    made = tuned_class(kind, cls)
+    return made.__new__(made)

@@ -1,0 +1,472 @@
+"""The pass ``tune-mode``: which norms it pairs with which layers, why not, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import normfuse
+from normfuse.base import Reason
+from normfuse.capture import unwrap
+from normfuse.layers.tuned import FixedNorm, TunedNorm, TunedProduct
+from normfuse.report import Status
+from tests.gradients import assert_same, assert_tunes, gradients, hard_norms, paired, set_mode
+from tests.zoo import ZOO, layers
+from tests.zoo.sharing import ConvBN
+from tests.zoo.trap import image
+
+NOT_DIFFERENTIABLE = {"WriteOverNothing", "NumpyOfConv", "ThroughNumpy"}
+COMPILED = {"Compiled"}  # tests/test_tune_mode_transforms.py
+NOT_FINITE = {"out_of_range", "broken_bias"}
+
+
+def reason(model: nn.Module, inputs: Any = None, norm: str | None = None) -> Reason | None:
+    """Return why one norm of a model, the first by default, is not paired."""
+    report = normfuse.inspect(model, ["tune-mode"], example_inputs=inputs)
+    found = next(o for o in report.norms if norm in (None, o.subject))
+    assert bool(found.partners) == (found.refusal is None)
+    return found.refusal.reason if found.refusal else None
+
+
+# the models made to break a fold
+
+
+@pytest.mark.parametrize("name", sorted(ZOO.keys() - NOT_DIFFERENTIABLE - COMPILED - NOT_FINITE))
+def test_zoo(name: str):
+    """In both modes, read both ways: the outputs, and the gradients of everything, are those of eval mode."""
+    trap = ZOO[name]
+    reference = unwrap(trap.build())
+    expected = {mode: gradients(set_mode(reference, mode), trap.inputs()) for mode in (False, True)}
+    dtypes = {tensor.dtype for tensor in expected[False].values() if tensor is not None}
+    for example in (None, trap.inputs()):
+        model = trap.build()
+        normfuse.tune_mode(model, example_inputs=example)
+        inner = unwrap(model)
+        for mode, values in expected.items():
+            tolerance = 1e-10 if dtypes <= {torch.float64} else 1e-2
+            assert_same(values, gradients(inner.train(mode), trap.inputs()), tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_FINITE))
+def test_zoo_of_values_that_are_not_finite(name: str):
+    """An infinite bias stays one; a scaled weight beyond float16 shows as NaN, which nothing hides."""
+    with torch.no_grad():
+        expected, found = (
+            model(ZOO[name].inputs())
+            for model in (ZOO[name].build(), normfuse.tune_mode(ZOO[name].build(), example_inputs=ZOO[name].inputs()))
+        )
+    assert torch.allclose(expected, found) if name == "broken_bias" else not found.isfinite().all()
+
+
+# layers
+
+PADDINGS = ["zeros", "reflect", "replicate", "circular"]
+CONVS = [
+    *itertools.product(["Conv"], [1, 2, 3], [1, 4], PADDINGS),
+    *itertools.product(["ConvTranspose"], [1, 2, 3], [1, 2], ["zeros"]),
+]
+
+
+def conv_and_norm(kind: str, dims: int, *, affine: bool = True, eps: float = 1e-5, **conv: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    layer = getattr(nn, f"{kind}{dims}d")(4, 8, **({"kernel_size": 3, "padding": 1} | conv))
+    norm = getattr(nn, f"BatchNorm{dims}d")(8, affine=affine, eps=eps)
+    return hard_norms(nn.Sequential(layer, norm, nn.Sigmoid()).double())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("kind", "dims", "groups", "padding"), CONVS)
+def test_every_convolution(kind: str, dims: int, groups: int, padding: str):
+    for bias, affine in ((True, True), (False, True), (True, False)) if padding == "zeros" else ((False, False),):
+        options = {"groups": groups, "padding_mode": padding, "bias": bias, "stride": 2}
+        model = conv_and_norm(kind, dims, affine=affine, **options)
+        symbolic = dims > 1  # the rank that BatchNorm1d sees is not known without an input
+        assert paired(model, None if symbolic else image(2, 4, *[5] * dims)) == {"1": ("0",)}
+        assert_tunes(model, image(2, 4, *[5] * dims), traced=symbolic, recorded=not symbolic, training=False)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "same", "kernel_size": 4},
+        {"padding": "same", "kernel_size": (2, 3), "dilation": (1, 2)},
+        {"padding": "same", "kernel_size": 2, "padding_mode": "circular"},
+        {"padding": "valid", "dilation": 2},
+        {"groups": 4, "dilation": 2, "padding": 2},
+        {"eps": 0.0},
+        {"eps": 0.5},
+    ],
+    ids=str,
+)
+def test_geometry(options: dict[str, Any]):
+    model = conv_and_norm("Conv", 2, **options)
+    assert paired(model) == {"1": ("0",)}
+    assert_tunes(model, image(2, 4, 7, 6))
+
+
+class OutputSize(nn.Module):
+    """A transposed convolution that is told the size of its output; two sizes are possible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x, output_size=[12, 11])) + self.bn(self.conv(x, [12, 11]))
+
+
+class Keywords(ConvBN):
+    """Layers are called by the names of their arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(input=self.conv(input=x))
+
+
+class Unbatched(ConvBN):
+    """The convolution sees one image without a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)[None])
+
+
+class Head(nn.Module):
+    """RetinaNet's: one convolution and one norm for all levels of a pyramid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.block(level) for level in (x, F.avg_pool2d(x, 2), self.block(F.max_pool2d(x, 2)))]
+
+
+def same_conv() -> nn.Module:
+    from timm.layers.conv2d_same import Conv2dSame
+
+    return layers.chain(Conv2dSame(4, 8, 4, stride=2, dilation=1, groups=2), nn.BatchNorm2d(8))
+
+
+def lazy() -> nn.Module:
+    model = layers.chain(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d())
+    model(image(dtype=torch.float32))
+    return model
+
+
+def frozen_of_timm() -> nn.Module:
+    from timm.layers.norm_act import FrozenBatchNormAct2d
+
+    return layers.chain(nn.Conv2d(4, 4, 3), FrozenBatchNormAct2d(4))
+
+
+def activated() -> nn.Module:
+    from timm.layers.norm_act import BatchNormAct2d
+
+    return layers.chain(nn.Conv2d(4, 4, 3), BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Identity))
+
+
+PAIRED = {
+    "output size": (OutputSize, ("conv",)),
+    "keywords": (Keywords, ("conv",)),
+    "shared head": (Head, ("block.0",)),
+    "Conv2dSame": (same_conv, ("0",)),
+    "lazy": (lazy, ("0",)),
+    "SyncBatchNorm": (lambda: layers.chain(nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6)), ("0",)),
+    "FrozenBatchNorm2d": (lambda: layers.chain(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6, eps=1e-3)), ("0",)),
+    "FrozenBatchNormAct2d": (frozen_of_timm, ("0",)),
+    "BatchNormAct2d": (activated, ("0",)),
+    "concatenated": (ZOO["ConcatOfConvs"].build, ("conv", "conv2")),
+    "two convolutions": (ZOO["SharedNorm"].build, ("conv", "conv2")),
+    "block called twice": (ZOO["SharedBlock"].build, ("conv",)),
+    "tied weight": (ZOO["TiedParameters"].build, ("conv",)),
+    "weight read directly": (ZOO["WeightReadDirectly"].build, ("conv",)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_paired_layers(name: str):
+    build, partners = PAIRED[name]
+    model = hard_norms(build().double())
+    assert list(paired(model).values()) == [partners]
+    assert_tunes(model, image())
+
+
+@pytest.mark.parametrize("name", ["channel_shuffle", "linear_transposed", "linear_flattened", "linear_without_affine"])
+def test_routes_that_need_an_example(name: str):
+    """What a reshape does to the channels is known once the shapes are."""
+    model = hard_norms(ZOO[name].build())
+    assert len(paired(model, ZOO[name].inputs())) == 1
+    assert_tunes(model, ZOO[name].inputs())
+
+
+def test_unbatched_convolution():
+    model = hard_norms(Unbatched().double())
+    assert paired(model, image()[0]) == {"bn": ("conv",)}
+    assert_tunes(model, image()[0], traced=False)
+
+
+def test_linear_and_norm():
+    model = hard_norms(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 3)).double())
+    assert paired(model, image(3, 5)) == {"1": ("0",)}
+    assert_tunes(model, image(3, 5))
+
+
+# what is not paired keeps its arithmetic, on fixed statistics
+
+
+class TrainingWithoutNorm(ConvBN):
+    """The norm is left out in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if self.training else self.bn(self.conv(x))
+
+
+class DropPath(nn.Module):
+    """Leaves out whole samples, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full_like(x[:, :1, :1, :1], 0.5)) * 2 if self.training else x
+
+
+class Between(ConvBN):
+    """A layer between the convolution and its norm."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.between = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.between(self.conv(x))).sigmoid()
+
+
+class NormTwice(ConvBN):
+    """The norm's own output goes through it once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.bn(self.conv(x)))
+
+
+class ConvTwice(ConvBN):
+    """Only the second call of the convolution is normalized."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.conv(x)))
+
+
+class PositiveGain(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight.abs(), self.bias, eps=self.eps)
+
+
+class OtherEps(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=0.5)
+
+
+class OwnStatistics(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+
+
+class Doubles(nn.BatchNorm2d):
+    """A forward of its own that cannot be traced."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (2 if input.sum() < 1e9 else 1)
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    model = ConvBN()
+    model.bn = norm  # type: ignore[assignment]
+    return model
+
+
+def hooked(name: str) -> nn.Module:
+    model = ConvBN()
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def parametrized() -> nn.Module:
+    model = ConvBN()
+    parametrizations.weight_norm(model.conv)
+    return model
+
+
+REFUSED = {
+    "read by two norms": (ZOO["ConvIntoTwoNorms"].build, Reason.EXTRA_CONSUMER),
+    "two norms on one convolution": (ZOO["SharedConvTwoNorms"].build, Reason.SHARED_MODULE),
+    "on the input": (lambda: layers.chain(nn.BatchNorm2d(4)), Reason.NO_PRODUCER),
+    "called twice": (ConvTwice, Reason.SHARED_MODULE),
+    "norm twice": (NormTwice, Reason.UNSUPPORTED_LAYER),
+    "without norm in training": (TrainingWithoutNorm, Reason.SHARED_MODULE),
+    "DropPath": (lambda: Between(DropPath()), Reason.OPAQUE_OPERATION),
+    "Dropout2d": (lambda: Between(nn.Dropout2d(0.5)), Reason.OPAQUE_OPERATION),
+    "activation": (lambda: Between(nn.ReLU()), Reason.OPAQUE_OPERATION),
+    "padded average": (lambda: Between(nn.AvgPool2d(3, 1, 1)), Reason.NONZERO_PADDING),
+    "hook on conv": (lambda: hooked("conv"), Reason.HAS_HOOKS),
+    "hook on norm": (lambda: hooked("bn"), Reason.HAS_HOOKS),
+    "parametrized": (parametrized, Reason.PARAMETRIZED),
+    "gain made positive": (lambda: with_norm(PositiveGain(4)), Reason.FORWARD_OVERRIDDEN),
+    "other eps": (lambda: with_norm(OtherEps(4)), Reason.FORWARD_OVERRIDDEN),
+    "own statistics": (lambda: with_norm(OwnStatistics(4)), Reason.FORWARD_OVERRIDDEN),
+    "forward of its own": (lambda: with_norm(Doubles(4)), Reason.EXTRA_CONSUMER),
+    "written by hand": (ZOO["norm_with_own_forward"].build, Reason.FORWARD_OVERRIDDEN),
+    "halves": (ZOO["ChunkedChannels"].build, Reason.OPAQUE_OPERATION),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str):
+    build, expected = REFUSED[name]
+    model = hard_norms(build().double())
+    assert_tunes(model, image())
+    assert reason(model, image()) is expected
+    if name not in ("forward of its own", "halves"):  # what a trace cannot know
+        assert reason(model, None) is expected
+
+
+def test_a_norm_that_is_not_paired_keeps_its_class_and_its_statistics():
+    model = normfuse.tune_mode(ZOO["ConvIntoTwoNorms"].build()).train()
+    assert isinstance(model.bn, FixedNorm)
+    assert isinstance(model.bn, nn.BatchNorm2d)
+    before = copy.deepcopy(model.state_dict())
+    model(image())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_control_flow():
+    """The run that the example makes is followed; without one, each part that can be read is."""
+
+    class Forks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = ConvBN(), ConvBN()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) if x.sum() > 0 else self.right(x)
+
+    model = hard_norms(Forks().double())
+    assert paired(model) == {"left.bn": ("left.conv",), "right.bn": ("right.conv",)}
+    assert paired(model, image().abs()) == {"left.bn": ("left.conv",)}
+    for example in (None, image().abs(), -image().abs()):
+        tuned = normfuse.tune_mode(copy.deepcopy(model), example_inputs=example).train()
+        for inputs in (image().abs(), -image().abs()):
+            assert_same(gradients(model.eval(), inputs), gradients(tuned, inputs))
+        assert all(torch.equal(value, tuned.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+class TakesTheLongWay(Between):
+    """Cannot be traced: which way it goes depends on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+class HasAuxiliary(ConvBN):
+    """Cannot be traced, and calls the convolution once more in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)) if x.sum() < 1e9 else x
+        return y + self.conv(x) if self.training else y
+
+
+def test_what_only_training_does_is_seen_in_a_model_that_cannot_be_traced():
+    """It is run on the example in training mode as well."""
+    for build, expected in (
+        (lambda: TakesTheLongWay(DropPath()), Reason.OPAQUE_OPERATION),
+        (HasAuxiliary, Reason.SHARED_MODULE),
+    ):
+        model = hard_norms(build().double())
+        assert reason(model, image()) is expected
+        assert_tunes(model, image())
+
+
+def test_report_has_each_norm_once_with_the_reason():
+    model = nn.Sequential(
+        ZOO["ConcatOfConvs"].build(), nn.BatchNorm2d(7), nn.Conv2d(7, 4, 1), nn.GroupNorm(2, 4)
+    ).double()
+    report = normfuse.inspect(model, ["tune-mode"])
+    assert [(o.subject, o.status, o.remains) for o in report.norms] == [
+        ("0.bn", Status.APPLIED, False),
+        ("1", Status.APPLIED, True),
+        ("3", Status.UNMATCHED, False),
+    ]
+    assert report.norms[1].refusal.reason is Reason.OPAQUE_OPERATION
+    assert "1 of 3 norms applied by the layer before" in report.summary()
+    assert "1 on fixed statistics where they are (1 opaque operation)" in report.summary()
+    assert not any(isinstance(m, TunedProduct | TunedNorm) for m in model.modules()), "inspect changes nothing"
+    assert isinstance(normfuse.apply(model, ["tune-mode"]).model[0].conv, TunedProduct)
+
+
+def test_lazy_layers_without_values():
+    assert reason(layers.chain(nn.Conv2d(4, 4, 1), nn.LazyBatchNorm2d())) is Reason.UNINITIALIZED
+
+
+def test_no_running_statistics():
+    assert reason(ZOO["without_running_statistics"].build()) is Reason.BATCH_STATISTICS
+
+
+# the published cases of the peers
+
+
+class Backbone(nn.Module):
+    """MMEngine's: a plain pair, a convolution called twice, a norm called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index in (1, 2, 3):
+            self.add_module(f"conv{index}", nn.Conv2d(6, 6, 6))
+            self.add_module(f"bn{index}", nn.BatchNorm2d(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x))
+        x = self.bn2(self.conv2(self.conv2(x)))
+        return self.bn3(self.bn3(self.conv3(x)))
+
+
+def test_mmengine():
+    """Only the plain pair: a pair of which one call is different would need two weights, or two norms."""
+    model = hard_norms(Backbone().double())
+    assert paired(model) == {"bn1": ("conv1",)}
+    assert_tunes(model, image(1, 6, 28, 28))
+
+
+class Several(nn.Module):
+    """Inductor's: several layers of which each is normalized by its own norm, or by one for all."""
+
+    def __init__(self, kind: str, bias: bool, norms: int) -> None:
+        super().__init__()
+        dims = 1 if kind == "Linear" else int(kind[-2])
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            layer = nn.Linear(4, 4, bias) if kind == "Linear" else getattr(nn, kind)(4, 4, 3, padding=1, bias=bias)
+            self.layers.append(layer)
+        self.norms = nn.ModuleList(getattr(nn, f"BatchNorm{dims}d")(4) for _ in range(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = self.norms[index % len(self.norms)](layer(x)).relu()
+        return x
+
+
+INDUCTOR = ["Linear", *(f"Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", INDUCTOR)
+def test_inductor(kind: str, bias: bool):
+    shape = (3, 4) if kind == "Linear" else (2, 4, *[4] * int(kind[-2]))
+    for norms in (1, 2):
+        model = hard_norms(Several(kind, bias, norms).double())
+        partners = [name for names in paired(model, image(*shape)).values() for name in names]
+        assert partners == ["layers.0", "layers.1"]
+        assert_tunes(model, image(*shape), traced=False)
