@@ -81,6 +81,11 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
     Reason.UNINITIALIZED: ("A lazy layer has not seen an input yet.", "Run the model once, or pass `example_inputs`."),
     Reason.NONFINITE: ("A folded value would be NaN or infinite.", "Look for damaged statistics or weights."),
     Reason.NO_PRODUCER: ("The norm reads the input of the model: there is nothing before it.", "Nothing."),
+    Reason.POST_NORM: (
+        "A norm writes to the residual stream (post-norm, or a norm behind the embedding): its gain and shift "
+        "leave a mean over the channels that no weights before it can take out.",
+        "Nothing: where norms stand is part of the architecture. A BatchNorm there may fold with `fold-bn` first.",
+    ),
 }
 
 

@@ -38,6 +38,7 @@ Axes = dict[str, dict[int, str]]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTERNAL_DATA_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; some room for the graph
 BFLOAT16_OPSET = 22  # the first in which Conv takes bfloat16
+RMS_NORM_OPSET = 23  # the first with RMSNormalization; below, a norm is written as seven small nodes
 _LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
@@ -80,7 +81,8 @@ def export_onnx(
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
         dynamic_axes: Axes of any size: ``["x:0", "x:2=height"]`` or ``{"x": [0], "mask": {0: "batch"}}``, by the names
             of ``forward``; axis 0 is called ``batch`` where it is given no name.
-        opset: The version of the standard operators; None takes the exporter's, or 22 for bfloat16.
+        opset: The version of the standard operators; None takes the exporter's, or what the
+            model needs: 22 for bfloat16, 23 for RMSNorm.
         fold_bn: False keeps every BatchNormalization as a node.
         precision: The floating-point type of the file; the model and its inputs are cast to it.
 
@@ -93,8 +95,7 @@ def export_onnx(
     twin = rerun.duplicate(model)
     _check_range(twin, precision)
     twin, inputs = rerun.convert(twin, DTYPES[precision]), rerun.cast_inputs(example_inputs, DTYPES[precision])
-    if opset is None and precision == "bf16":
-        opset = BFLOAT16_OPSET
+    opset = _lowest_opset(twin, precision) if opset is None else opset
     optimize = fold_bn and precision != "bf16"
     axes = parse_axes(dynamic_axes, named_inputs(twin, inputs))
     program = _export(twin, inputs, _dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
@@ -103,6 +104,13 @@ def export_onnx(
         _save(program, target)
         info = _inspect(target, opset, axes)
         return dataclasses.replace(info, path=Path(path), notes=_notes(info.nodes, fold_bn=fold_bn))
+
+
+def _lowest_opset(model: nn.Module, precision: Precision) -> int | None:
+    """Return the first opset that has what the model needs; None for whichever the exporter takes."""
+    needed = [BFLOAT16_OPSET] if precision == "bf16" else []
+    needed += [RMS_NORM_OPSET] if any(isinstance(module, nn.RMSNorm) for module in model.modules()) else []
+    return max(needed, default=None)
 
 
 def _require() -> None:
