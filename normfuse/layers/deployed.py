@@ -65,3 +65,19 @@ def reset_calls(model: nn.Module, args: object) -> None:
     for module in model.modules():
         if isinstance(module, CallSites):
             module.turn = 0
+
+
+class FirstArgument(nn.Module):
+    """What is left of a norm that is called with more than its input (a padding mask): a module on the input alone.
+
+    Args:
+        module: Runs on the first argument.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """Return what the module makes of ``x``."""
+        return self.module(x)
