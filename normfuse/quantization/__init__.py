@@ -1,0 +1,27 @@
+"""ShiftQuant, reconstructed: integers with power-of-two group scales, their product, layers that train on it.
+
+And L1 norms on integers: int8 in, int8 out.
+"""
+
+from __future__ import annotations
+
+from normfuse.quantization.integer_norms import IntegerL1BatchNorm, IntegerL1LayerNorm
+from normfuse.quantization.matmul import Prepared, shiftquant_matmul
+from normfuse.quantization.modules import ShiftQuantConv1d, ShiftQuantConv2d, ShiftQuantLinear
+from normfuse.quantization.native_norms import build_kernels
+from normfuse.quantization.quantizing_layer import Precision
+from normfuse.quantization.shiftquant import Quantized, ShiftQuant
+
+__all__ = [
+    "IntegerL1BatchNorm",
+    "IntegerL1LayerNorm",
+    "Precision",
+    "Prepared",
+    "Quantized",
+    "ShiftQuant",
+    "ShiftQuantConv1d",
+    "ShiftQuantConv2d",
+    "ShiftQuantLinear",
+    "build_kernels",
+    "shiftquant_matmul",
+]
