@@ -24,9 +24,13 @@ if TYPE_CHECKING:
         RequirementError,
         VerificationError,
     )
+    from normfuse.parameters import parameter_groups
     from normfuse.pipeline import Result
+    from normfuse.reconstruction import reconstruct
     from normfuse.report import Outcome, Report, Status
     from normfuse.serialize import load, save
+    from normfuse.swapping import swap_norms
+    from normfuse.tuning import tune_mode, tuned
     from normfuse.verify import Comparison, Tolerance, verify
 
 __version__ = "0.1.0"
@@ -54,7 +58,12 @@ __all__ = [
     "fold_bn",
     "inspect",
     "load",
+    "parameter_groups",
+    "reconstruct",
     "save",
+    "swap_norms",
+    "tune_mode",
+    "tuned",
     "verify",
 ]
 
@@ -71,9 +80,13 @@ _NAMES = {
         "RequirementError",
         "VerificationError",
     ),
+    "parameters": ("parameter_groups",),
     "pipeline": ("Result",),
+    "reconstruction": ("reconstruct",),
     "report": ("Outcome", "Report", "Status"),
     "serialize": ("load", "save"),
+    "swapping": ("swap_norms",),
+    "tuning": ("tune_mode", "tuned"),
     "verify": ("Comparison", "Tolerance", "verify"),
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}

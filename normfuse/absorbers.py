@@ -2,7 +2,8 @@
 
 On the output side: convolutions, linear layers, embeddings, constant addends and factors, and the trailing gain and
 shift of a norm. On the input side: convolutions, linear layers and the projections of an attention. A layer may be a
-module or a call of its function on parameters (``F.conv2d(x, self.weight)``).
+module or a call of its function on parameters (``F.conv2d(x, self.weight)``), a linear layer also
+``torch.addmm(bias, x, weight)`` with a weight of ``(in, out)``, as the ``Conv1D`` of GPT-2 calls it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from normfuse import adapters
 from normfuse.base import Reason, Refused
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, function_name
@@ -21,6 +23,7 @@ from normfuse.graph import ModelGraph, function_name
 Kind = Literal["conv", "linear", "embedding", "addend", "factor", "norm", "attention"]
 _CONV_FUNCTIONS = {f"conv{t}{n}d": t == "_transpose" for t in ("", "_transpose") for n in (1, 2, 3)}
 _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ADDMM_ARGS = ("input", "mat1", "mat2")
 _CONV_TRANSPOSE_ARGS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
@@ -33,6 +36,7 @@ class Absorber:
         name: Qualified name of the layer, for reports.
         weight: Qualified name of the tensor that is scaled.
         bias: Qualified name of the tensor that is shifted; it may be None in the model yet.
+        transposed: Whether the inputs are along axis 0 of the weight: a transposed convolution, or ``addmm``.
         padded: Whether an input shift would be missing in zeros that the layer pads with.
     """
 
@@ -71,10 +75,17 @@ def input_side(node: fx.Node, value: fx.Node, graph: ModelGraph) -> Absorber | N
         return _attention(node, value)
     module = graph.module_of(node)
     absorber = _function(node, graph) if module is None else _layer(node, module, str(node.target))
-    first = node.args[0] if node.args else node.kwargs.get("input")
+    first = _operand(node)
     if absorber is None or absorber.kind not in ("conv", "linear"):
         return None
     return absorber if first is value and _occurs_once(node, value) else None
+
+
+def _operand(node: fx.Node) -> Any:
+    """Return what a layer or its function is applied to."""
+    if function_name(node) == "addmm":
+        return _bound(node, _ADDMM_ARGS).get("mat1")
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _occurs_once(node: fx.Node, value: fx.Node) -> bool:
@@ -84,6 +95,8 @@ def _occurs_once(node: fx.Node, value: fx.Node) -> bool:
 def _layer(node: fx.Node, module: nn.Module, name: str) -> Absorber | None:
     layer = base_layer(module)
     if layer is None:
+        if isinstance(module, _ConvNd) and adapters.pads_same(module):
+            return Absorber("conv", name, f"{name}.weight", f"{name}.bias", module.groups, padded=True)
         if isinstance(module, _ConvNd | nn.Linear):
             text = f"{name} ({type(module).__name__}) has its own forward, which cannot be traced"
             raise Refused(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
@@ -105,6 +118,8 @@ def _function(node: fx.Node, graph: ModelGraph) -> Absorber | None:
         return _on_parameters("conv", node, args, graph, args.get("groups", 1), transposed)
     if plain == "linear":
         return _on_parameters("linear", node, _bound(node, ("input", "weight", "bias")), graph)
+    if plain == "addmm":
+        return _matrix_product(node, graph)
     if plain == "embedding":
         args = _bound(node, ("input", "weight"))
         if "max_norm" in args and args["max_norm"] is not None:
@@ -119,6 +134,21 @@ def _function(node: fx.Node, graph: ModelGraph) -> Absorber | None:
         order = order if plain == "batch_norm" else ("input", "groups", "weight", "bias")
         return _on_parameters("norm", node, _bound(node, order), graph)
     return None
+
+
+def _matrix_product(node: fx.Node, graph: ModelGraph) -> Absorber | None:
+    """``addmm(bias, x, weight)``: a linear layer with a weight of ``(in, out)`` and a bias of ``(out,)``."""
+    args = _bound(node, _ADDMM_ARGS)
+    weight, bias = args.get("mat2"), args.get("input")
+    if args.get("alpha", 1) != 1 or args.get("beta", 1) != 1 or node.kwargs.get("out") is not None:
+        return None
+    if not isinstance(bias, fx.Node) or not graph.is_constant(bias):
+        return None
+    absorber = _on_parameters("linear", node, {"weight": weight, "bias": bias}, graph, transposed=True)
+    if absorber is None or graph.tensor(str(bias.target)).dim() != 1:
+        return None
+    size = graph.tensor(absorber.weight).shape[1]
+    return absorber if graph.tensor(str(bias.target)).numel() == size else None
 
 
 def _on_parameters(

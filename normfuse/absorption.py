@@ -54,7 +54,8 @@ def absorb_input(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[st
     new = numerics.scale_inputs(weight, scale, groups=absorber.groups, transposed=absorber.transposed)
     if not m.has_shift:
         return {absorber.weight: new}
-    added = numerics.output_of_shift(weight, shift, groups=absorber.groups)
+    by_output = weight.T if absorber.kind == "linear" and absorber.transposed else weight
+    added = numerics.output_of_shift(by_output, shift, groups=absorber.groups)
     old_bias = _bias(absorber, graph)
     return _with_bias(absorber, new, old_bias, added if old_bias is None else old_bias + added, graph)
 

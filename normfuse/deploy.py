@@ -12,6 +12,8 @@ from torch import nn
 from normfuse.errors import DeployedModelError
 
 MANIFEST = "normfuse_manifest"
+TRAINABLE = frozenset({"swap-unified", "swap-l1"})
+"""Passes whose result is made to be trained further."""
 
 
 class RefuseTraining:
@@ -35,9 +37,10 @@ class RefuseTraining:
 
 
 def guard(model: nn.Module, manifest: dict[str, Any]) -> nn.Module:
-    """Mark a model as folded: attach its manifest, and refuse ``.train()``. Returns the model."""
+    """Attach its manifest to a model and refuse ``.train()``, unless its norms were only swapped. Returns the model."""
     vars(model)[MANIFEST] = manifest
-    vars(model)["train"] = RefuseTraining(model)
+    if not TRAINABLE.issuperset(manifest.get("passes", ("",))):
+        vars(model)["train"] = RefuseTraining(model)
     return model
 
 

@@ -20,7 +20,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normfuse import adapters, numerics
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
+from normfuse.capture.leaves import affine_inference
 from normfuse.graph import ModelGraph, function_name, is_uninitialized
+from normfuse.layers.affine_inference import AffineInference
 
 _TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$")
@@ -48,7 +50,7 @@ class Norm:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization layer, judged by its class."""
-    if isinstance(module, _TORCH_NORMS) or adapters.is_known(module):
+    if isinstance(module, (*_TORCH_NORMS, AffineInference)) or adapters.is_known(module):
         return True
     if type(module).__module__.startswith("torch.nn.utils.") or not _NORM_NAME.search(type(module).__name__):
         return False
@@ -111,19 +113,24 @@ def source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, Affin
         scale, shift = _module_affine(norm.name, graph)
     elif function_name(node) == "batch_norm":
         scale, shift = _function_affine(norm.name, node, graph)
-    elif norm.module is not None and isinstance(graph.module(norm.module), _NormBase):
+    elif norm.module is not None and isinstance(graph.module(norm.module), _NormBase | AffineInference):
         raise Refused(Reason.FORWARD_OVERRIDDEN, f"{norm.name} ({norm.layer}) has a forward of its own")
     else:
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{norm.name} ({norm.layer}) normalises by statistics of its input")
-    value = _input(norm, node)
-    return value, AffineMap.along(1, _rank(norm, node, value, graph), scale, shift)
+    value, rank = input_of(norm, node, graph)
+    return value, AffineMap.along(_channel_axis(graph.module_of(node), rank), rank, scale, shift)
+
+
+def _channel_axis(module: nn.Module | None, rank: int) -> int:
+    known = affine_inference(module)
+    return 1 if known is None else known.dim % rank
 
 
 def has_affine_form(norm: Norm, graph: ModelGraph) -> bool:
     """Whether a norm belongs to a family whose inference form is a fixed affine map."""
     if norm.module is not None:
         module = graph.module(norm.module)
-        return isinstance(module, _NormBase) or adapters.is_known(module)
+        return isinstance(module, _NormBase | AffineInference) or adapters.is_known(module)
     return norm.layer == "batch_norm"
 
 
@@ -132,15 +139,23 @@ def _module_affine(name: str, graph: ModelGraph) -> tuple[Tensor, Tensor]:
     if adapters.is_known(module):
         m: Any = module
         return numerics.norm_affine(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
+    known = affine_inference(module)
+    if known is not None:
+        _require_eval(name, graph)
+        return known.affine_map()
     if not isinstance(module, _NormBase):
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} ({type(module).__name__}) has no rule")
     if is_uninitialized(module):
         raise Refused(Reason.UNINITIALIZED, f"{name} has no values yet", "run the model once")
     if module.running_mean is None or module.running_var is None:
         raise Refused(Reason.BATCH_STATISTICS, f"{name} has no running statistics", "recalibrate it, or leave it")
+    _require_eval(name, graph)
+    return numerics.norm_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+
+
+def _require_eval(name: str, graph: ModelGraph) -> None:
     if name in graph.training:
         raise Refused(Reason.BATCH_STATISTICS, f"{name} is in training mode in a model in eval mode", "call .eval()")
-    return numerics.norm_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
 
 
 def _function_affine(name: str, node: fx.Node, graph: ModelGraph) -> tuple[Tensor, Tensor]:
@@ -159,11 +174,16 @@ def _function_affine(name: str, node: fx.Node, graph: ModelGraph) -> tuple[Tenso
     return numerics.norm_affine(mean, var, values["weight"], values["bias"], given.get("eps", 1e-5))
 
 
-def _input(norm: Norm, node: fx.Node) -> fx.Node:
-    value = node.args[0] if node.args else node.kwargs.get("input")
+def input_of(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, int]:
+    """Return the value that a call of a norm normalizes, and its rank.
+
+    Raises:
+        Refused: The rank is not known.
+    """
+    value = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
     if not isinstance(value, fx.Node):
         raise Refused(Reason.NO_PRODUCER, f"the input of {norm.name} is not a value of the graph")
-    return value
+    return value, _rank(norm, node, value, graph)
 
 
 def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
@@ -195,7 +215,7 @@ def ranks(node: fx.Node, graph: ModelGraph) -> int | None:
     name = function_name(node)
     if name in _RANK_OF_FUNCTION:
         return _RANK_OF_FUNCTION[name]
-    keeps = isinstance(module, _KEEP_RANK) or name in _KEEP_RANK_FUNCTIONS
+    keeps = isinstance(module, (*_KEEP_RANK, AffineInference)) or name in _KEEP_RANK_FUNCTIONS
     first = next(iter(node.all_input_nodes), None)
     return ranks(first, graph) if keeps and first is not None else None
 

@@ -28,7 +28,9 @@ Edit = dict[str, Any]
 IDENTITY: Spec = {"class": "torch.nn.modules.linear.Identity", "kwargs": {}}
 _CONVS = tuple(f"torch.nn.modules.conv.Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))
 BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.modules.linear.Linear",
-                       "torch.nn.modules.sparse.Embedding", "normfuse.layers.deployed.Zero",
+                       "torch.nn.modules.sparse.Embedding", "torch.nn.modules.normalization.RMSNorm",
+                       "normfuse.layers.rms_norm.RMSNorm", "normfuse.layers.unified_norm.UnifiedNorm",
+                       "normfuse.layers.deployed.Zero", "normfuse.layers.deployed.FirstArgument",
                        "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites",
                        "timm.layers.conv2d_same.Conv2dSame"))  # fmt: skip
 
@@ -181,6 +183,15 @@ def _count_calls(root: nn.Module, edit: Edit) -> None:
         root.register_forward_pre_hook(reset_calls)
 
 
+def _separate(root: nn.Module, edit: Edit) -> None:
+    """Make a ``nn.TransformerEncoderLayer`` call its norms: in eval mode it computes LayerNorm on their parameters."""
+    layer: Any = root.get_submodule(edit["path"])
+    layer.activation_relu_or_gelu = 0
+    for parent in root.modules():
+        if isinstance(parent, nn.TransformerEncoder) and any(child is layer for child in parent.layers):
+            parent.use_nested_tensor = False
+
+
 _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "replace": _replace,
     "retype": _retype,
@@ -188,4 +199,5 @@ _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "untie": _untie,
     "drop": _drop,
     "count_calls": _count_calls,
+    "separate": _separate,
 }

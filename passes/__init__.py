@@ -6,12 +6,23 @@ if __name__ != "normfuse.passes":  # one class must never exist twice
     raise ImportError("import normfuse.passes, not passes")
 
 from normfuse.base import Pass
+from normfuse.passes.center_norm import CenterNorm
 from normfuse.passes.duplicate_shared import DuplicateShared
 from normfuse.passes.fold_affine import FoldAffine
 from normfuse.passes.fold_bn import FoldBN
 from normfuse.passes.materialize import Materialize
 from normfuse.passes.merge_branches import MergeBranches
+from normfuse.passes.swap_unified import SwapUnified
+from normfuse.passes.tune_mode import TuneMode
 
-PASSES: dict[str, type[Pass]] = {
-    one.name: one for one in (DuplicateShared, FoldAffine, FoldBN, Materialize, MergeBranches)
-}
+_ALL: tuple[type[Pass], ...] = (
+    CenterNorm,
+    DuplicateShared,
+    FoldAffine,
+    FoldBN,
+    Materialize,
+    MergeBranches,
+    SwapUnified,
+    TuneMode,
+)
+PASSES: dict[str, type[Pass]] = {one.name: one for one in _ALL}

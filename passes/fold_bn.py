@@ -7,6 +7,7 @@
 
 The map need not be adjacent to the weights: :mod:`normfuse.routes` carries it along operations that let it pass.
 Backwards is tried first, then forwards. The norm is replaced by ``nn.Identity``, or by what followed it in its module.
+The group scaling in front of a PowerNorm depends on the token: it stays, and the map can only go forwards.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, fx
 
 from normfuse import adapters, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
+from normfuse.capture.leaves import affine_inference
 from normfuse.graph import ModelGraph
+from normfuse.layers.power_norm import GroupScaling, PowerNorm
 from normfuse.legality import finish, require_no_hooks, require_saved
 from normfuse.norms import Norm
 from normfuse.routes import Plan, Router, joined, pad_edits
@@ -58,7 +61,9 @@ class FoldBN(Pass):
         except Refused as refused:
             return refused.refusal
         pads, values = pad_edits(plan, graph)
-        return replace(match, partners=plan.partners, payload=_Fold(norm, tensors | neutral, [*pads, *edits], values))
+        fold = _Fold(norm, tensors | neutral, [*pads, *edits], values)
+        kept = _kept(norm, graph)
+        return replace(match, partners=plan.partners, remains=kept is not None, kept=kept, payload=fold)
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Assign the new tensors and remove the norm."""
@@ -67,27 +72,41 @@ class FoldBN(Pass):
         for edit in fold.edits:
             graph.perform(edit)
         graph.assign(fold.pads)
-        for node in fold.norm.nodes:
+        for node in fold.norm.nodes if match.kept is None else ():
             graph.remove(node)
 
 
 def _find(norm: Norm, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:
     """Return a plan that takes the map of every call of a norm, with the tensors that carry it out."""
     refusals = []
-    for direction in (_backward, _forward):
+    for direction in (_backward, _forward) if _scaling(norm, graph) is None else (_forward,):
         try:
             plan = _plan(direction, norm, graph)
             return plan, finish(plan, graph)
         except Refused as refused:
             refusals.append(refused.refusal)
-    raise joined(*refusals)
+    raise joined(refusals[0], refusals[-1])
 
 
 def search(norm: Norm, graph: ModelGraph) -> Iterator[Plan]:
     """Yield the plans that take the map of every call of a norm, backwards and forwards, whether or not legal."""
-    for direction in (_backward, _forward):
+    for direction in (_backward, _forward) if _scaling(norm, graph) is None else (_forward,):
         with contextlib.suppress(Refused):
             yield _plan(direction, norm, graph)
+
+
+def _scaling(norm: Norm, graph: ModelGraph) -> str | None:
+    """Return the name of the group scaling that runs in a norm before its map, None without one."""
+    module = graph.module(norm.module) if norm.module is not None else None
+    scaled = isinstance(module, PowerNorm) and isinstance(module.group_scaling, GroupScaling)
+    return f"{norm.module}.group_scaling" if scaled else None
+
+
+def _kept(norm: Norm, graph: ModelGraph) -> Refusal | None:
+    """Return what of a folded norm stays, and why."""
+    name = _scaling(norm, graph)
+    text = f"{name} divides each token by its own root mean square, and stays"
+    return None if name is None else Refusal(Reason.UNSUPPORTED_LAYER, text)
 
 
 def _plan(direction: Callable[[Norm, fx.Node, ModelGraph, Plan], Plan], norm: Norm, graph: ModelGraph) -> Plan:
@@ -113,12 +132,23 @@ def _removal(norm: Norm, graph: ModelGraph) -> tuple[list[surgery.Edit], dict[st
         module = graph.module(norm.module)
         known = adapters.frozen(module) if adapters.is_known(module) else None
         tail: list[str] | None = list(known.tail) if known else []
+        scaling = _scaling(norm, graph)
+        if affine_inference(module) is not None:
+            left = surgery.IDENTITY if scaling is None else {"ref": scaling}
+            return [{"op": "replace", "path": norm.module, "module": _on_input_alone(left, norm)}], {}
         if norm.nodes[0].op != "call_module":
             tail = common_tail(norm.nodes, norm.module, graph)
         if tail is not None:
             names = tail if not known else [f"{norm.module}.{name}" for name in tail]
             return [{"op": "replace", "path": norm.module, "module": surgery.chain(names)}], {}
     return [], _neutral(norm, graph)
+
+
+def _on_input_alone(spec: surgery.Spec, norm: Norm) -> surgery.Spec:
+    """Return the spec of a module that takes what the norm is called with, which may be more than its input."""
+    if all(len(node.args) + len(node.kwargs) == 1 and not node.kwargs for node in norm.nodes):
+        return spec
+    return {"class": "normfuse.layers.deployed.FirstArgument", "kwargs": {"module": spec}}
 
 
 def _neutral(norm: Norm, graph: ModelGraph) -> dict[str, Tensor]:

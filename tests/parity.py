@@ -110,7 +110,8 @@ def randomize_norms(model: nn.Module, seed: int = 0, *, positive: bool = False) 
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if hasattr(module, "running_var") or isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+        statistics = hasattr(module, "running_var") or hasattr(module, "running_second_moment")
+        if statistics or isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
             _randomize(module, generator, positive)
     return model
 
@@ -118,6 +119,7 @@ def randomize_norms(model: nn.Module, seed: int = 0, *, positive: bool = False) 
 def _randomize(norm: nn.Module, generator: torch.Generator, positive: bool) -> None:
     for name, low, high in (("running_mean", -1.0, 1.0), ("running_var", 0.3, 3.0), ("bias", -1.0, 1.0)):
         _fill(getattr(norm, name, None), low, high, generator)
+    _fill(getattr(norm, "running_second_moment", None), 0.3, 3.0, generator)
     weight = getattr(norm, "weight", None)
     _fill(weight, 0.3, 2.0, generator)
     if isinstance(weight, Tensor) and not positive:

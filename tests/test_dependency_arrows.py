@@ -18,23 +18,26 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
     ("errors", "numerics", "adapters", "computed"),
-    ("base", "reasons", "report", "layers", "surgery", "deploy", "manifest"),
+    ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest"),
     ("affine", "graph"),
     ("capture", "outputs"),
     ("norms", "operations", "branches", "scopes", "gains"),
     ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
+    ("centering", "stream_rules", "streams", "as_rms_norm"),
+    ("norm_forms", "progress", "calibration", "blocks", "norm_swap"),
     ("passes",),
     ("pipeline", "comparison", "ranges", "rerun", "divergence", "verify"),
     ("formats", "allowed_globals", "architectures", "exported_program", "stand_ins", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
-    ("api",),
+    ("api", "parameters", "reconstruction", "swapping", "tuning"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SURFACE = {"api", "report", "errors", "verify", "formats", "serialize", "architectures", "lowering"}
-CLI_MAY = SURFACE | {"cli", "outputs", "rerun"}
+CLI_MAY = SURFACE | {"cli", "outputs", "rerun", "swapping", "reconstruction"}
 ONNX_GRAPHS = ("lowering.onnx_fold", "lowering.onnx_graph")  # about ONNX through and through, and loaded late
-OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "timm", "torchvision", "matplotlib"}
+OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "timm", "torchvision"}
+OPTIONAL |= {"transformers", "matplotlib"}
 
 
 def sources() -> dict[str, Path]:

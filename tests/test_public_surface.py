@@ -13,6 +13,8 @@ import normfuse
 
 PROMISED = {
     *("fold", "fold_bn", "inspect", "apply", "export", "verify", "save", "load"),
+    *("swap_norms", "reconstruct"),
+    *("tune_mode", "tuned", "parameter_groups"),
     *("Report", "Outcome", "Status", "Reason", "Refusal", "Result", "Comparison", "Tolerance"),
     *("NormfuseError", "CaptureError", "LoadError", "LoweringError", "RequirementError", "VerificationError"),
     *("MissingDependencyError", "DeployedModelError"),

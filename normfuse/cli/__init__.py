@@ -20,6 +20,7 @@ COMMANDS = {  # written here, so that a list of the commands loads none of them
     "inspect": "Every norm of a model, what folding would do with it, and why not.",
     "fold": "Every exact pass; a folded model file that loads again.",
     "export": "Fold, write ONNX, verify the written file.",
+    "swap": "LayerNorm and RMSNorm into norms that fold, fitted to data.",
     "verify": "Does B compute what A computes?",
     "doctor": "Versions, devices, and what works here.",
 }

@@ -65,7 +65,7 @@ def resolve(
     torch.manual_seed(seed)
     tried: list[str] = []
     for example in _candidates(model, input_file, input_shapes, stored):
-        inputs = _placed(example.inputs, model, device)
+        inputs = placed(example.inputs, model, device)
         problem = failure(model, inputs)
         if not problem:
             return Example(inputs, example.origin, example.assumed)
@@ -88,7 +88,7 @@ def _candidates(
         yield Example(stored, "stored in the file")
     else:
         for config in ("pretrained_cfg", "default_cfg"):
-            size = _get(getattr(model, config, None), "input_size")
+            size = setting(getattr(model, config, None), "input_size")
             if size:
                 yield Example(_normal(1, *size), f"the model's {config}", assumed=True)
         if getattr(model, "example_input_array", None) is not None:
@@ -96,7 +96,8 @@ def _candidates(
         yield from _guesses(model)
 
 
-def _get(config: Any, key: str) -> Any:
+def setting(config: Any, key: str) -> Any:
+    """Return an entry of a model's configuration, a dictionary or an object; None where there is none."""
     return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
 
 
@@ -214,7 +215,7 @@ def _tensors_for(layer: nn.Module) -> Iterator[Tensor]:
         yield from (_normal(1, layer.num_features, n, n) for n in SIZES)
 
 
-def _placed(inputs: Inputs, model: nn.Module, device: str) -> Inputs:
+def placed(inputs: Inputs, model: nn.Module, device: str) -> Inputs:
     """Return the inputs on the device, floating-point ones in the precision of the model."""
     from normfuse.outputs import map_tensors
     from normfuse.rerun import main_dtype
