@@ -135,15 +135,15 @@ def compiled_integer_l1(form: NormForm) -> Callable[[Tensor, Tensor, Tensor], Te
     def write(x: Tensor, gain: Tensor, shift: Tensor, *row: Tensor) -> Tensor:
         return integer_arithmetic.write_rows(x, integer_arithmetic.Rows(*row), gain, shift, form)
 
-    sums, more, write = (torch.compile(f, fullgraph=True, dynamic=False) for f in (sums, more, write))
+    fast_sums, fast_more, fast_write = (torch.compile(f, fullgraph=True, dynamic=False) for f in (sums, more, write))
 
     def run(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        total, at_centre = sums(x)
+        total, at_centre = fast_sums(x)
         centre = torch.div(2 * total + form.size, 2 * form.size, rounding_mode="floor")
         rest = total - form.size * centre
-        deviation = form.size * at_centre.long() + rest.abs() * (more(x, centre + rest.sign()) - at_centre).long()
+        deviation = form.size * at_centre.long() + rest.abs() * (fast_more(x, centre + rest.sign()) - at_centre).long()
         wide, *row = integer_arithmetic.settle(total.long(), form.factor * deviation + form.eps, form)
-        return write(x, gain, shift, wide, *(t.to(torch.int32) for t in row))
+        return fast_write(x, gain, shift, wide, *(t.to(torch.int32) for t in row))
 
     return run
 

@@ -88,9 +88,14 @@ def _last_stage(model: nn.Module) -> list[str]:
         return []
     parts = strided[-1].split(".")
     stages = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    stage = next(name for name in stages if len(_children_with(name, strided)) <= 1)
+    stage = next((name for name in stages if _is_stage(name, strided)), stages[-1])
     names = [name for name, _ in model.named_modules()]
     return [name for name in names[names.index(stage) :] if not stage.startswith(f"{name}.")]
+
+
+def _is_stage(name: str, strided: Sequence[str]) -> bool:
+    inside = [layer for layer in strided if f"{layer}.".startswith(f"{name}.")]
+    return len(_children_with(name, strided)) <= 1 and len(inside) < max(len(strided), 2)
 
 
 def _children_with(module: str, layers: Sequence[str]) -> set[str]:

@@ -192,7 +192,7 @@ def _converted(cls: Any, norm: Any, source: type[nn.Module], kappa: float, gauss
     options: dict[str, Any] = {"gaussian": gaussian, "elementwise_affine": True}
     if source is nn.LayerNorm:
         options["bias"] = bias is not None
-    given: Tensor | None = norm.weight
+    given: Tensor | None = norm.weight  # type: ignore[assignment]
     if given is not None:
         options.update(device=given.device, dtype=given.dtype)
     new = cls(norm.normalized_shape, **options)

@@ -115,6 +115,8 @@ class TunedReLU6(TunedLayer):
 def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor:
     """Return the normalized product, by the way that costs least for what is trained."""
     norm = pairing.statistics()
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _normalize_after(x, weight, bias, norm, pairing, product)  # a compiler fuses it into what follows
     if needs_plain(x, weight):
         return plain(x, weight, bias, norm, product)
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
@@ -138,10 +140,11 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
 def _normalize_after(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, pairing: Pairing, product: Product
 ) -> Tensor:
-    """Return the normalized product where the gain is trained and the weight is not.
+    """Return the normalized product by the operations of eval mode.
 
-    The gain's gradient then is cheaper to take from the output of the product than from a weight gradient, which nobody
-    else needs: the norm runs as it does in eval mode.
+    They cost least where the gain is trained and the weight is not: the gain's gradient is then cheaper to take from the
+    output of the product than from a weight gradient, which nobody else needs. And where a compiler recomputes what it
+    can fuse: there the effective weight's own gradient is what costs.
     """
     bias = None if bias is None else bias.to(x.dtype)
     y = product.run(x, weight.to(x.dtype), bias)

@@ -86,8 +86,8 @@ def test_conversion_of_batch_norm_is_exact_in_eval(cls: Any, gaussian: bool, mea
     assert norm.momentum == 0.2
     assert_parity(bn, norm, randn(*shape, seed=9))
     if not measured:
-        gain = torch.ones(4, **DOUBLE) if bn.weight is None else bn.weight
-        assert error(gain if gaussian else gain * math.sqrt(2 / math.pi), norm.weight) <= EXACT
+        gain = torch.ones(4, **DOUBLE) if bn.weight is None else bn.weight.detach()
+        assert error(gain if gaussian else gain * math.sqrt(2 / math.pi), norm.weight.detach()) <= EXACT
 
 
 def test_conversion_of_batch_norm_trains_on_at_the_same_scale():
