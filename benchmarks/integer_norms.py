@@ -135,7 +135,9 @@ def compiled_integer_l1(form: NormForm) -> Callable[[Tensor, Tensor, Tensor], Te
     def write(x: Tensor, gain: Tensor, shift: Tensor, *row: Tensor) -> Tensor:
         return integer_arithmetic.write_rows(x, integer_arithmetic.Rows(*row), gain, shift, form)
 
-    fast_sums, fast_more, fast_write = (torch.compile(f, fullgraph=True, dynamic=False) for f in (sums, more, write))
+    fast_sums: Any = torch.compile(sums, fullgraph=True, dynamic=False)
+    fast_more: Any = torch.compile(more, fullgraph=True, dynamic=False)
+    fast_write: Any = torch.compile(write, fullgraph=True, dynamic=False)
 
     def run(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         total, at_centre = fast_sums(x)

@@ -39,7 +39,7 @@ def assert_parity(
 
 def error(expected: Tensor, found: Tensor) -> float:
     """Return the largest difference, relative to the largest element expected; infinite if one is not finite."""
-    expected, found = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (expected, found))
+    expected, found = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (expected, found))
     if not bool(torch.isfinite(expected).all() and torch.isfinite(found).all()):
         return float("inf")
     if expected.numel() == 0:

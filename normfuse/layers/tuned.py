@@ -142,9 +142,9 @@ def _normalize_after(
 ) -> Tensor:
     """Return the normalized product by the operations of eval mode.
 
-    They cost least where the gain is trained and the weight is not: the gain's gradient is then cheaper to take from the
-    output of the product than from a weight gradient, which nobody else needs. And where a compiler recomputes what it
-    can fuse: there the effective weight's own gradient is what costs.
+    They cost least where the gain is trained and the weight is not: the gain's gradient is then cheaper to take from
+    the output of the product than from a weight gradient, which nobody else needs. And where a compiler recomputes what
+    it can fuse: there the effective weight's own gradient is what costs.
     """
     bias = None if bias is None else bias.to(x.dtype)
     y = product.run(x, weight.to(x.dtype), bias)
