@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import normfuse
 from normfuse.capture import capture, eval_mode, unwrap
 from normfuse.capture.leaves import base_layer, is_leaf
 from normfuse.errors import CaptureError
@@ -196,3 +198,28 @@ def test_recording_does_not_import_the_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "0"
+
+
+class _NormWithActivation(nn.BatchNorm2d):
+    """A norm with a forward of its own, which the readers read through."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return y.relu()
+
+
+class _Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 1), _NormWithActivation(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if x.sum() > 0 else x
+
+
+def test_parameters_of_a_part_have_their_names_in_the_whole_model():
+    graph = capture(_Untraceable().eval())
+    assert graph.partial == ("block",)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    assert read == {f"block.1.{name}" for name in ("running_mean", "running_var", "weight", "bias")}
+    assert normfuse.inspect(_Untraceable().eval()).norms[0].refusal is not None

@@ -85,6 +85,15 @@ class _Tracer(fx.Tracer):
             raise NameError("module is not installed as a submodule")
         return self.names.module[id(mod)]
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Read a parameter by its name in the whole model, whichever part is traced."""
+        name = self.names.tensor.get(id(attr_val)) if isinstance(attr_val, nn.Parameter) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
     def create_arg(self, a: Any) -> Any:
         """Name a tensor of the model; any other constant is opaque, and not stored on the user's model."""
         if isinstance(a, Tensor):
