@@ -5,49 +5,24 @@
 evaluated at every call from the parameters as they are (arXiv 2305.11624). The gradients are those of eval mode; what
 is computed and kept is what a folded model would. Only classes change, so nothing is lost and all can be undone.
 
-A norm is paired with the layers whose output it normalizes: directly, or along operations that keep each value with its
-channel (reshape, permute, cat, averages). That must be so both in eval mode and in training mode. A norm that is not
-paired runs as in eval mode too. A ReLU6 between paired layers keeps its output for backward, not its input as well.
+:mod:`normfuse.pairs` says which layers can apply which norm. A norm that is not paired runs as in eval mode too. A
+ReLU6 between paired layers keeps its output for backward, not its input as well.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import fx, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch import nn
 
-from normfuse import adapters, norms, numerics
-from normfuse.absorbers import Absorber
-from normfuse.affine import AffineMap
+from normfuse import adapters, norms, pairs
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
-from normfuse.capture import record, trace
 from normfuse.capture.leaves import base_layer
-from normfuse.errors import CaptureError
-from normfuse.graph import ModelGraph, function_name, has_hooks, is_uninitialized
+from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
 from normfuse.layers.tuned import FixedNorm, Pairing, TunedNorm, TunedProduct, TunedReLU6, enter
-from normfuse.legality import require_no_hooks, require_plain, require_unwatched
-from normfuse.norms import Norm
-from normfuse.operations import describe
-from normfuse.routes import Plan, Router
-from normfuse.scopes import common_tail
-
-_KEEPS_CHANNELS = ("identity", "gather", "gather_copy", "avg_pool", "adaptive_avg_pool", "mean", "interpolate", "cat")
-_VALUES = ("running_mean", "running_var", "weight", "bias")
-_FIRST = 2  # the probe's value for channel 0: neither 0 nor 1, which say "nothing to do"
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A norm, the layers that apply it with the channels each makes, and what remains of the norm's own module."""
-
-    products: dict[str, tuple[int, ...]]
-    tail: tuple[str, ...]
 
 
 class TuneMode(Pass):
@@ -57,15 +32,19 @@ class TuneMode(Pass):
     exactness = Exactness.EXACT
     reversible = True
 
+    def __init__(self) -> None:
+        self._readings: list[pairs.Reading] = []
+
     def detect(self, graph: ModelGraph) -> Iterator[Match]:
         """Yield every norm with running statistics, reached or not, and each ReLU6 between products."""
-        graphs = [graph, *_in_training(graph)]
-        for norm in norms.find_norms(graph):
+        if not self._readings or self._readings[0].graph is not graph:  # read once, while all layers are as they were
+            self._readings = pairs.readings(graph)
+        for norm in self._readings[0].norms.values():
             if norm.module is None or isinstance(graph.module(norm.module), AffineInference):
                 continue
             if norms.has_affine_form(norm, graph):
-                yield Match(norm.name, norm.layer, payload=graphs)
-        for name in _clamps(graphs):
+                yield Match(norm.name, norm.layer)
+        for name in _clamps([reading.graph for reading in self._readings]):
             yield Match(name, type(graph.module(name)).__name__, norm=False, payload=name)
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
@@ -78,8 +57,8 @@ class TuneMode(Pass):
         if getattr(module, "running_mean", None) is None:
             return Refusal(Reason.BATCH_STATISTICS, f"{name} has no running statistics", "recalibrate it, or leave it")
         try:
-            pair = _pair(name, match.payload)
-            _require_range(pair, module, graph)
+            pair = pairs.find_pair(name, self._readings)
+            pairs.require_range(pair, module, graph)
         except Refused as refused:
             return replace(match, remains=True, kept=refused.refusal, payload=None)
         return replace(match, partners=tuple(pair.products), payload=pair)
@@ -93,151 +72,11 @@ class TuneMode(Pass):
             if not adapters.is_known(module):  # a frozen norm has nothing to fix
                 enter(module, FixedNorm)
         else:
-            pair: _Pair = match.payload
+            pair: pairs.Pair = match.payload
             for name, channels in pair.products.items():
                 product = graph.module(name)
                 enter(product, TunedProduct, Pairing(module, _indices(channels, module), adapters.pads_same(product)))
             enter(module, TunedNorm, pair.tail)
-
-
-def _in_training(graph: ModelGraph) -> list[ModelGraph]:
-    """Return the model as it is read in training mode, by a run on the same inputs or else by tracing, if it can be."""
-    with contextlib.suppress(CaptureError):
-        if graph.inputs is not None:
-            return [record(graph.root, graph.inputs, training=True)]
-    with contextlib.suppress(CaptureError):
-        return [trace(graph.root, training=True)]
-    return []
-
-
-# pairs
-
-
-def _pair(name: str, graphs: list[ModelGraph]) -> _Pair:
-    """Return how the norm is applied by the layers before it, the same in every graph that reaches it.
-
-    Raises:
-        Refused: It is not.
-    """
-    found: list[_Pair] = []
-    for graph in graphs:
-        norm = next((n for n in norms.find_norms(graph) if n.name == name and n.nodes), None)
-        if norm is not None:
-            require_no_hooks(name, graph)
-            _require_own_values(norm, graph)
-            found.append(_Pair(_products(norm, graph), _tail(norm, graph)))
-    if not found:
-        raise Refused(Reason.PARTIAL_CAPTURE, f"what calls {name} could not be traced", "pass example_inputs")
-    if any(pair != found[0] for pair in found):
-        raise Refused(Reason.OPAQUE_OPERATION, f"what leads to {name} is another in training mode than in eval mode")
-    for product in found[0].products:
-        if any(graph.uses(f"{product}.weight") and not _reaches(name, graph) for graph in graphs):
-            raise Refused(Reason.SHARED_MODULE, f"{product} is called without {name} in training mode or in eval mode")
-    return found[0]
-
-
-def _require_range(pair: _Pair, norm: nn.Module, graph: ModelGraph) -> None:
-    """Refuse where an effective weight could leave the range of a dtype of 16 bits."""
-    stored: Any = norm
-    scale, _ = numerics.norm_affine(stored.running_mean, stored.running_var, stored.weight, None, stored.eps)
-    for name in pair.products:
-        weight: torch.Tensor = graph.module(name).weight  # type: ignore[assignment]
-        largest = float(scale.abs().max()) * float(weight.detach().abs().max())
-        if weight.dtype in (torch.float16, torch.bfloat16) and largest > torch.finfo(weight.dtype).max:
-            raise Refused(
-                Reason.RANGE, f"the effective weight of {name} could reach {largest:.3g}, beyond {weight.dtype}"
-            )
-
-
-def _reaches(name: str, graph: ModelGraph) -> bool:
-    return any(norm.name == name and norm.nodes for norm in norms.find_norms(graph))
-
-
-def _require_own_values(norm: Norm, graph: ModelGraph) -> None:
-    """Refuse a norm whose own forward normalizes by anything but what the module stores, as it stores it."""
-    assert norm.module is not None
-    module = graph.module(norm.module)
-    for node in norm.nodes:
-        if node.op == "call_module" and (base_layer(module) is not None or adapters.is_known(module)):
-            continue
-        given = norms.arguments(node) if function_name(node) == "batch_norm" else {"training": True}
-        plain = all(_is(given.get(key), getattr(module, key), graph) for key in _VALUES)
-        if given.get("training") or not plain or given.get("eps", 1e-5) != getattr(module, "eps", None):
-            text = f"{norm.name} ({norm.layer}) does not normalize by its own running statistics, gain and shift"
-            raise Refused(Reason.FORWARD_OVERRIDDEN, text)
-
-
-def _is(argument: object, tensor: torch.Tensor | None, graph: ModelGraph) -> bool:
-    if not isinstance(argument, fx.Node):
-        return argument is tensor
-    return argument.op == "get_attr" and graph.tensor(str(argument.target)) is tensor
-
-
-def _products(norm: Norm, graph: ModelGraph) -> dict[str, tuple[int, ...]]:
-    """Return the layers that make the norm's input, and which of its channels each makes.
-
-    A map that has another value for every channel is sent along the route; where it arrives, it tells the channels.
-    """
-    plan, router = Plan(), Router(graph)
-    running_mean: torch.Tensor = graph.module(norm.name).running_mean  # type: ignore[assignment]
-    for node in norm.nodes:
-        value, rank = norms.input_of(norm, node, graph)
-        ids = torch.arange(running_mean.numel(), dtype=torch.float64) + _FIRST
-        plan = router.backward(value, AffineMap.along(1, rank, ids, ids), node, plan)
-    _require_keeping(plan, graph)
-    require_unwatched(plan, graph)
-    return {absorber.name: _channels(absorber, calls, graph) for (absorber, _), calls in plan.maps.items()}
-
-
-def _require_keeping(plan: Plan, graph: ModelGraph) -> None:
-    """Refuse a route on which a value could lose its channel, change by a trained amount, or be dropped."""
-    for node in plan.passed:
-        operation, module = describe(node, graph), graph.module_of(node)
-        drops = module.p > 0 if isinstance(module, _DropoutNd) else "drop" in operation.args.get("function", "")
-        if operation.name not in _KEEPS_CHANNELS or drops or plan.pads:
-            raise Refused(Reason.OPAQUE_OPERATION, f"{operation.label} lies between, which training can change")
-
-
-def _channels(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelGraph) -> tuple[int, ...]:
-    """Return the norm's channels in the order in which a layer makes them, if every call of it says the same."""
-    module = graph.module(absorber.name) if absorber.kind in ("conv", "linear") else None
-    if module is None or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-        raise Refused(Reason.UNSUPPORTED_LAYER, f"{absorber.name} is not a convolution or linear layer")
-    if base_layer(module) is None and not adapters.pads_same(module):
-        text = f"{absorber.name} ({type(module).__name__}) has a forward of its own"
-        raise Refused(Reason.FORWARD_OVERRIDDEN, text)
-    require_plain(absorber, graph)
-    sites = graph.call_sites(absorber.name) or graph.uses(absorber.weight)
-    first, *others = calls.values()
-    if set(sites) != set(calls) or not all(m.equals(first) for m in others):
-        raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called {len(sites)} times, not always by this norm")
-    scale, shift = _vectors(absorber, first, module)
-    if not torch.equal(scale, shift) or not torch.equal(scale, scale.round()):
-        raise Refused(Reason.OPAQUE_OPERATION, f"the values of {absorber.name} are changed on the way to the norm")
-    return tuple(int(value) - _FIRST for value in scale)
-
-
-def _vectors(absorber: Absorber, m: AffineMap, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(module, nn.Linear):
-        return m.vectors(-1, module.out_features)
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    return m.vectors(-1 - len(module.kernel_size), module.out_channels)
-
-
-def _tail(norm: Norm, graph: ModelGraph) -> tuple[str, ...]:
-    """Return the layers inside the norm's module that run after the normalization, by their names in it."""
-    assert norm.module is not None
-    module = graph.module(norm.module)
-    if adapters.is_known(module):
-        known = adapters.frozen(module)
-        return known.tail if known else ()
-    if norm.nodes[0].op == "call_module":
-        return ()
-    names = common_tail(norm.nodes, norm.module, graph)
-    prefix = f"{norm.module}." if norm.module else ""
-    if names is None or not all(name.startswith(prefix) for name in names):
-        raise Refused(Reason.FORWARD_OVERRIDDEN, f"{norm.name} ({norm.layer}) does more than normalize")
-    return tuple(name.removeprefix(prefix) for name in names)
 
 
 def _indices(channels: tuple[int, ...], norm: nn.Module) -> slice | list[int] | None:
@@ -247,9 +86,6 @@ def _indices(channels: tuple[int, ...], norm: nn.Module) -> slice | list[int] | 
         return list(channels)
     running_mean: torch.Tensor = norm.running_mean  # type: ignore[assignment]
     return None if size == running_mean.numel() else slice(start, start + size)
-
-
-# clamps
 
 
 def _clamps(graphs: list[ModelGraph]) -> list[str]:

@@ -23,7 +23,7 @@ LEVELS = (
     ("capture", "outputs"),
     ("norms", "operations", "branches", "scopes", "gains"),
     ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
-    ("centering", "stream_rules", "streams", "as_rms_norm"),
+    ("pairs", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "progress", "calibration", "blocks", "norm_swap"),
     ("passes",),
     ("pipeline", "comparison", "ranges", "rerun", "divergence", "verify"),

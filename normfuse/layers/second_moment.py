@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from normfuse import numerics
 from normfuse.layers.affine_inference import AffineInference
+from normfuse.layers.wide_statistics import WideStatistics
 
 if TYPE_CHECKING:
     Group = dist.ProcessGroup | Literal["world"] | None
@@ -64,7 +64,7 @@ def token_gradients(grad: Tensor, x: Tensor, padding_mask: Tensor | None, axis: 
     return grad, x, token_sum(grad * x, axis), token_sum(grad, axis)
 
 
-class SecondMomentNorm(AffineInference, nn.Module, ABC):
+class SecondMomentNorm(WideStatistics, AffineInference, nn.Module, ABC):
     """Base of UnifiedNorm and PowerNorm; see there for the arguments."""
 
     weight: nn.Parameter
@@ -187,16 +187,6 @@ class SecondMomentNorm(AffineInference, nn.Module, ABC):
         count = sums[-1]
         moment = sums[:-1] / count.clamp(min=1)
         return torch.where(count > 0, moment, self.running_second_moment.to(moment.dtype)), count.clamp(min=1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SecondMomentNorm:
-        """Move the module; ``half()`` and the like leave the statistics in float32, where averages still move."""
-        before = {name: b for name, b in self.named_buffers(recurse=False) if b.dtype in (torch.float32, torch.float64)}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            now = cast("Tensor", getattr(self, name))
-            if now.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, value.to(device=now.device, dtype=torch.float32))
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SecondMomentNorm:
         """Copy the module; a process group cannot be copied and is shared."""

@@ -7,7 +7,7 @@ of the reconstruction described in :mod:`normfuse.quantization.shiftquant`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,24 @@ class ShiftQuantLinear(QuantizingLayer, nn.Linear):
 class _QuantizingConv(QuantizingLayer, nn.modules.conv._ConvNd):
     """What the convolutions share; a one-dimensional one is two-dimensional of height 1."""
 
+    source: ClassVar[type[nn.modules.conv._ConvNd]]
+
+    def __init__(self, *args: Any, precision: Precision | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.precision = precision or Precision()
+
+    @classmethod
+    def from_float(cls, module: nn.Conv1d | nn.Conv2d, precision: Precision | None = None) -> Self:
+        """Return a layer that shares the parameters and the mode of ``module``.
+
+        Raises:
+            TypeError: ``module`` is not the plain layer of torch: another forward, a parametrized weight, or hooks.
+        """
+        require_plain(module, cls.source)
+        geometry = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        sizes, bias = (module.in_channels, module.out_channels), module.bias is not None
+        return _sharing(cls(*sizes, *geometry, bias, module.padding_mode, "meta", precision=precision), module)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``(N, C, *)`` or ``(C, *)``; a compiled model breaks its graph here."""
         return self._forward(input)
@@ -119,23 +137,6 @@ class _QuantizingConv(QuantizingLayer, nn.modules.conv._ConvNd):
         return list(kernel_rows(kernel).chunk(self.groups))
 
 
-def _conv_from_float(cls: Any, module: nn.Conv1d | nn.Conv2d, precision: Precision | None) -> Any:
-    new = cls(
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-        module.bias is not None,
-        module.padding_mode,
-        "meta",
-        precision=precision,
-    )
-    return _sharing(new, module)
-
-
 class ShiftQuantConv1d(_QuantizingConv, nn.Conv1d):
     """``nn.Conv1d`` on quantized operands: ``x (N, C, L)`` to ``(N, out, L')``.
 
@@ -145,19 +146,7 @@ class ShiftQuantConv1d(_QuantizingConv, nn.Conv1d):
         **kwargs: As for ``nn.Conv1d``.
     """
 
-    def __init__(self, *args: Any, precision: Precision | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.precision = precision or Precision()
-
-    @classmethod
-    def from_float(cls, module: nn.Conv1d, precision: Precision | None = None) -> Self:
-        """Return a layer that shares the parameters and the mode of ``module``.
-
-        Raises:
-            TypeError: ``module`` is not a plain ``nn.Conv1d``: another forward, a parametrized weight, or hooks.
-        """
-        require_plain(module, nn.Conv1d)
-        return _conv_from_float(cls, module, precision)
+    source = nn.Conv1d
 
 
 class ShiftQuantConv2d(_QuantizingConv, nn.Conv2d):
@@ -169,19 +158,7 @@ class ShiftQuantConv2d(_QuantizingConv, nn.Conv2d):
         **kwargs: As for ``nn.Conv2d``.
     """
 
-    def __init__(self, *args: Any, precision: Precision | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.precision = precision or Precision()
-
-    @classmethod
-    def from_float(cls, module: nn.Conv2d, precision: Precision | None = None) -> Self:
-        """Return a layer that shares the parameters and the mode of ``module``.
-
-        Raises:
-            TypeError: ``module`` is not a plain ``nn.Conv2d``: another forward, a parametrized weight, or hooks.
-        """
-        require_plain(module, nn.Conv2d)
-        return _conv_from_float(cls, module, precision)
+    source = nn.Conv2d
 
 
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
