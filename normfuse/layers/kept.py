@@ -1,13 +1,12 @@
-"""What a pair in Tune mode computes from values that stay as they are, kept for as long as it is right.
+"""The effective weight of a pair in Tune mode that is not trained, kept for as long as it is right.
 
-Two things are kept: ``1 / sqrt(var + eps)`` and ``-mean``, since Tune mode does not move the statistics; and, where
-nothing of the pair is trained and the weight is smaller than the output, the effective weight ``a W`` with its offset
-(a copy of a larger one would cost more memory than Tune mode saves: there the output is scaled). Whether they are still
-right is judged at every call, by the tensors, their memory, their versions (raised by every write that autograd sees)
-and their values (for writes through ``.data``, which it does not see): all of the vectors', a sample of the weight's.
+Kept are ``a W`` and ``a (b - mean) + beta`` where the weight is smaller than the output (a copy of a larger one would
+cost more memory than Tune mode saves: there the output is scaled). Whether they are still right is judged at every
+call: by where the weight is and its version (raised by every write that autograd sees), and by the values (for writes
+through ``.data``, which it does not see), all of the vectors' and a sample of the weight's.
 
-Only tensors in a CPU's memory are kept: to look at a GPU's would make the program wait for it. Nor is an effective
-weight kept under a process group, since sharding refills memory unseen.
+Only tensors in a CPU's memory are kept: to look at a GPU's would make the program wait for it. Nor is a weight kept
+under a process group, since sharding refills memory unseen.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import torch
 from torch import Tensor
 
 from normfuse.layers.products import Product
-from normfuse.layers.scaled import Statistics, needs_plain, scaled
+from normfuse.layers.scaled import Statistics, scaled
 
 _CHUNKS, _CHUNK = 8, 64  # what is looked at of a weight: so many pieces of so many bytes
 
 
 class Kept:
-    """Values kept under a key that says what they were made from; empty in copies and in files."""
+    """A value kept beside the look of what it was made from; empty in copies and in files."""
 
     __slots__ = ("entry",)
 
@@ -42,58 +41,73 @@ class Kept:
         return Kept, ()
 
 
-def fixed_statistics(
-    kept: Kept, mean: Tensor, var: Tensor, eps: float, channels: slice | list[int] | None
-) -> tuple[Tensor, Tensor]:
-    """Return ``1 / sqrt(var + eps)`` and ``-mean`` of the channels, of all for None."""
-    if needs_plain(mean, var):
-        return _fixed(mean, var, eps, channels)
-    key = (_vector(mean), _vector(var), eps) if mean.is_cpu else None
-    entry = kept.entry
-    if key is None or key != entry[0]:
-        with torch.inference_mode(False), torch.no_grad():
-            kept.entry = entry = key, _fixed(mean, var, eps, channels)
-    return entry[1]
-
-
-def _fixed(mean: Tensor, var: Tensor, eps: float, channels: slice | list[int] | None) -> tuple[Tensor, Tensor]:
-    rstd, centre = torch.rsqrt(var + eps), mean.neg()
-    return (rstd, centre) if channels is None else (rstd[channels], centre[channels])
-
-
 def effective_weight(
     kept: Kept, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return ``a W``, in the layout of the weight, and ``a (b - mean) + beta``, ``(out,)``, both in ``dtype``."""
-    key = None
-    if weight.is_cpu and not weight.is_inference() and not _distributed():
-        vectors = (None if v is None else _vector(v) for v in (bias, norm.gain, norm.shift))
-        key = (_sample(weight), *vectors, id(norm.rstd), dtype)
-    entry = kept.entry
-    if key is not None and key == entry[0]:
-        return entry[1][:2]
+    keeps = weight.is_cpu and not weight.is_inference() and not _distributed()
+    seen, value = kept.entry
+    if keeps and isinstance(seen, _Seen) and value[0].dtype is dtype and seen.again(weight, bias, norm):
+        return value
     with torch.inference_mode(False), torch.no_grad():
         scale = norm.scale()
-        new = scaled(weight, scale, product).to(dtype), norm.offset(scale, bias).to(dtype)
-    if key is not None:
-        kept.entry = key, (*new, norm.rstd)  # held, so that no other tensor gets its id
-    return new
+        value = scaled(weight, scale, product).to(dtype), norm.offset(scale, bias).to(dtype)
+    if keeps:
+        kept.entry = _Seen(weight, bias, norm), value
+    return value
 
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _vector(tensor: Tensor) -> tuple[Any, ...]:
-    values = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
-    return tensor.dtype, ctypes.string_at(values.data_ptr(), values.nbytes)
+class _Seen:
+    """What a weight, its bias and the norm behind it looked like."""
+
+    __slots__ = ("eps", "vectors", "version", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, norm: Statistics) -> None:
+        self.eps, self.version = norm.eps, weight._version
+        self.weight = _Memory(weight, _CHUNKS)
+        self.vectors = [None if v is None else _Memory(v) for v in (bias, *norm[:4])]
+
+    def again(self, weight: Tensor, bias: Tensor | None, norm: Statistics) -> bool:
+        """Whether all of them look the same now."""
+        if norm.eps != self.eps or weight._version != self.version or not self.weight.is_that_of(weight):
+            return False
+        for seen, vector in zip(self.vectors, (bias, *norm[:4]), strict=True):
+            if (seen is None) != (vector is None):
+                return False
+            if seen is not None and vector is not None and not seen.is_that_of(vector):
+                return False
+        return True
 
 
-def _sample(weight: Tensor) -> tuple[Any, ...]:
-    """Return who a weight is and a few pieces of its memory."""
-    start = weight.data_ptr()
-    end = weight.untyped_storage().nbytes() - int(weight.storage_offset()) * weight.element_size()
-    room = min(end, weight.nbytes)
-    step = max(room // _CHUNKS, 1)
-    pieces = [ctypes.string_at(start + at, min(_CHUNK, room - at)) for at in range(0, room, step)]
-    return id(weight), weight._version, start, weight.dtype, weight.shape, weight.stride(), *pieces
+class _Memory:
+    """Where a tensor was and what it held there, whole or in some pieces.
+
+    The pieces are windows onto its memory, made once: to look through them again takes a fraction of a microsecond.
+    They are looked through only while a tensor of the same extent is at the same place.
+    """
+
+    __slots__ = ("dtype", "pieces", "place", "shape", "strides")
+
+    def __init__(self, tensor: Tensor, count: int = 1) -> None:
+        self.dtype, self.shape, self.strides = tensor.dtype, tensor.shape, tensor.stride()
+        self.place = tensor.data_ptr()
+        extent = tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)))
+        size, step = (extent, extent) if count == 1 else (_CHUNK, max(extent // count, 1))
+        windows = [_window(self.place + at, min(size, extent - at)) for at in range(0, extent, step)]
+        self.pieces = [(window, window.raw) for window in windows]
+
+    def is_that_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor is there now, and holds the same."""
+        if tensor.data_ptr() != self.place or tensor.dtype is not self.dtype:
+            return False
+        if tensor.shape != self.shape or tensor.stride() != self.strides:
+            return False
+        return all([window.raw == value for window, value in self.pieces])
+
+
+def _window(start: int, size: int) -> Any:
+    return (ctypes.c_char * size).from_address(start)

@@ -8,9 +8,10 @@ Layouts of the weight: ``(out, in/groups, *k)`` for convolutions, ``(in, out/gro
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +49,12 @@ class Product(Protocol):
         """Return the sum of ``y``, taken in ``dtype``, over all but its channels, ``(out,)``."""
         ...
 
-    def output_size(self, x: Tensor, weight: Tensor) -> int:
-        """Return the number of elements of the output."""
+    def output_size(self, x: torch.Size, weight: torch.Size) -> int:
+        """Return the number of elements of the output, for shapes of the input and the weight."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Convolution:
+class Convolution(NamedTuple):
     """The geometry of a convolution over a batch; padding is with zeros and equal on both sides."""
 
     stride: tuple[int, ...]
@@ -96,15 +96,15 @@ class Convolution:
         """Return the sum over batch and space."""
         return y.sum((0, *range(2, y.dim())), dtype=dtype)
 
-    def output_size(self, x: Tensor, weight: Tensor) -> int:
-        """Return the number of elements of the output."""
-        out = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
-        return (
-            x.shape[0] * out * math.prod(self._length(axis, x.shape[axis + 2], weight) for axis in range(x.dim() - 2))
-        )
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - of a value that only tells a geometry
+    def output_size(self, x: torch.Size, weight: torch.Size) -> int:
+        """Return the number of elements of the output, for shapes of the input and the weight."""
+        out = weight[1] * self.groups if self.transposed else weight[0]
+        lengths = (self._length(axis, size, weight[axis + 2]) for axis, size in enumerate(x[2:]))
+        return x[0] * out * math.prod(lengths)
 
-    def _length(self, axis: int, size: int, weight: Tensor) -> int:
-        reach = self.dilation[axis] * (weight.shape[axis + 2] - 1)
+    def _length(self, axis: int, size: int, taps: int) -> int:
+        reach = self.dilation[axis] * (taps - 1)
         if self.transposed:
             more = self.output_padding[axis] if self.output_padding else 0
             return (size - 1) * self.stride[axis] - 2 * self.padding[axis] + reach + more + 1
@@ -143,6 +143,6 @@ class Matrix:
         """Return the sum over all but the last axis."""
         return y.reshape(-1, y.shape[-1]).sum(0, dtype=dtype)
 
-    def output_size(self, x: Tensor, weight: Tensor) -> int:
-        """Return the number of elements of the output."""
-        return x.numel() // max(x.shape[-1], 1) * weight.shape[0]
+    def output_size(self, x: torch.Size, weight: torch.Size) -> int:
+        """Return the number of elements of the output, for shapes of the input and the weight."""
+        return math.prod(x[:-1]) * weight[0]

@@ -8,8 +8,8 @@ With ``G = dJ/dz``, ``S = sum of G`` over all but the channels, and ``V`` the we
     dJ/dW = a V      dJ/db = a S      dJ/dbeta = S      dJ/dgamma = r (<V, W> + (b - mean) S)      dJ/dx = (a W)^T G
 
 (arXiv 2305.11624; ``<V, W>`` is the sum of products per output channel.) Only ``x`` is kept for backward beside the
-parameters: ``a W`` is made again. Where the output is smaller than the weight, the output is scaled instead, and
-``<V, W> = <dJ/dW, W> / a``.
+parameters and the statistics: ``a`` and ``a W`` are made again. Where the output is smaller than the weight, the output
+is scaled instead, and ``<V, W> = <dJ/dW, W> / a``.
 """
 
 from __future__ import annotations
@@ -19,28 +19,37 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from normfuse.layers.products import Product
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 class Statistics(NamedTuple):
-    """A norm's inference form; every vector is ``(C,)``.
+    """What a norm computes by in inference; every vector is ``(C,)``.
 
     Attributes:
         gain: ``gamma``, or None for 1.
         shift: ``beta``, or None for 0.
-        rstd: ``r``.
-        centre: ``-mean``.
+        mean: ``mean``.
+        var: ``var``.
+        eps: ``eps``.
     """
 
     gain: Tensor | None
     shift: Tensor | None
-    rstd: Tensor
-    centre: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    def rstd(self) -> Tensor:
+        """Return ``r``."""
+        return torch.rsqrt(self.var + self.eps)
 
     def scale(self) -> Tensor:
         """Return ``a``."""
-        return self.rstd if self.gain is None else self.rstd * self.gain
+        return self.rstd() if self.gain is None else self.rstd() * self.gain
 
     def offset(self, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``a (b - mean) + beta``."""
@@ -49,18 +58,21 @@ class Statistics(NamedTuple):
 
     def centred(self, bias: Tensor | None) -> Tensor:
         """Return ``b - mean``."""
-        return self.centre if bias is None else self.centre + bias
+        return -self.mean if bias is None else bias - self.mean
 
 
 def needs_plain(*tensors: Tensor) -> bool:
     """Whether only :func:`plain` will do: for tracers, function transforms, and tensors that are not plain numbers."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return True
-    return any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.is_meta:
+            return True
+    return False
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:
@@ -77,7 +89,10 @@ def scaled(weight: Tensor, scale: Tensor, product: Product) -> Tensor:
 def scaled_output(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, product: Product) -> Tensor:
     """Return ``a (W x)`` plus an offset per channel: the output is scaled, not the weight."""
     y = product.run(x, weight.to(x.dtype), None)
-    return torch.addcmul(product.per_channel(offset, y), y, product.per_channel(scale, y)).to(x.dtype)
+    offset, scale = product.per_channel(offset, y), product.per_channel(scale, y)
+    if y.requires_grad or offset.requires_grad:
+        return torch.addcmul(offset, y, scale).to(x.dtype)
+    return torch.addcmul(offset, y, scale, out=y)
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -91,16 +106,17 @@ class ScaledProduct(torch.autograd.Function):
         bias: Tensor | None,
         gain: Tensor | None,
         shift: Tensor | None,
-        rstd: Tensor,
-        centre: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
         product: Product,
     ) -> Tensor:
-        """Return ``z``; keep ``x`` and the parameters."""
-        norm = Statistics(gain, shift, rstd, centre)
+        """Return ``z``; keep ``x`` and what the layer and its norm hold."""
+        norm = Statistics(gain, shift, mean, var, eps)
         scale = norm.scale()
         offset = norm.offset(scale, bias)
-        ctx.product, ctx.on_output = product, _prefers_output(x, weight, scale, product)
-        ctx.save_for_backward(x, weight, bias, gain, shift, rstd, centre, scale)
+        ctx.eps, ctx.product, ctx.on_output = eps, product, _prefers_output(x, weight, scale, product)
+        ctx.save_for_backward(x, weight, bias, gain, shift, mean, var)
         if ctx.on_output:
             return scaled_output(x, weight, scale, offset, product)
         return product.run(x, _scaled_in_scratch(weight, scale, product).to(x.dtype), offset.to(x.dtype))
@@ -108,52 +124,62 @@ class ScaledProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Return the gradients of the tensors; differentiable where a graph is asked for."""
-        x, weight, bias, *vectors, scale = ctx.saved_tensors
-        norm = Statistics(*vectors)
+        x, weight, bias, *vectors = ctx.saved_tensors
+        norm, product = Statistics(*vectors, ctx.eps), ctx.product
         if torch.is_grad_enabled():
-            return *_through_plain(ctx, grad, x, weight, bias, norm), None, None, None
-        total = ctx.product.over_channels(grad, norm.rstd.dtype)
-        dx, dw, dots = (_on_output if ctx.on_output else _on_weight)(ctx, grad, x, weight, scale)
-        dbias = scale * total if ctx.needs_input_grad[2] else None
-        dgain = None if dots is None else torch.addcmul(dots, norm.centred(bias), total).mul_(norm.rstd)
-        dshift = total if ctx.needs_input_grad[4] else None
-        return dx, dw, dbias, dgain, dshift, None, None, None
+            return *_through_plain(ctx, grad, x, weight, bias, norm), None, None, None, None
+        for_x, for_weight, for_bias, for_gain, for_shift, *_ = ctx.needs_input_grad
+        rstd = norm.rstd()
+        scale = rstd if norm.gain is None else rstd * norm.gain
+        total = product.over_channels(grad, rstd.dtype) if for_bias or for_gain or for_shift else None
+        needed = for_x, for_weight, for_gain
+        dx, dw, dots = (_on_output if ctx.on_output else _on_weight)(product, grad, x, weight, scale, needed)
+        dbias = scale * total if for_bias else None
+        dgain = torch.addcmul(dots, norm.centred(bias), total).mul_(rstd) if for_gain else None
+        return dx, dw, dbias, dgain, total if for_shift else None, None, None, None, None
+
+
+Needed = tuple[bool, bool, bool]
+"""Whether a gradient of the input, of the weight and of the gain is asked for."""
 
 
 def _prefers_output(x: Tensor, weight: Tensor, scale: Tensor, product: Product) -> bool:
     """Whether to scale the output: on a CPU, where it is the smaller one and no scale is too near zero to divide by."""
-    if not x.is_cpu or x.dtype != weight.dtype or product.output_size(x, weight) >= weight.numel():
+    if not x.is_cpu or x.dtype != weight.dtype or product.output_size(x.shape, weight.shape) >= weight.numel():
         return False
     return bool(scale.abs().min() > torch.finfo(scale.dtype).tiny ** 0.5)
 
 
 def _on_weight(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+    product: Product, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    product, (for_x, for_weight, _, for_gain, *_) = ctx.product, ctx.needs_input_grad
+    for_x, for_weight, for_gain = needed
     new = _scaled_in_scratch(weight, scale, product).to(x.dtype) if for_x else weight.to(x.dtype)
     dx, v = product.gradients(grad, x, new, (for_x, for_weight or for_gain))
+    if v is None:
+        return dx, None, None
+    v = v.to(weight.dtype)
     dots = _dots(v, weight, product) if for_gain else None
     if not for_weight:
         return dx, None, dots
-    v = v.to(weight.dtype)
     product.by_output(v).mul_(product.per_output(scale, weight))
     return dx, v, dots
 
 
 def _on_output(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+    product: Product, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    product, (for_x, for_weight, _, for_gain, *_) = ctx.product, ctx.needs_input_grad
-    dx, dw = product.gradients(grad * product.per_channel(scale, grad), x, weight, (for_x, for_weight or for_gain))
-    dots = _dots(dw, weight, product) / scale if for_gain else None
+    for_x, for_weight, for_gain = needed
+    scaled_grad = _times(grad, product.per_channel(scale, grad))
+    dx, dw = product.gradients(scaled_grad, x, weight, (for_x, for_weight or for_gain))
+    dots = _dots(dw, weight, product) / scale if for_gain and dw is not None else None
     return dx, dw if for_weight else None, dots
 
 
 def _dots(gradient: Tensor, weight: Tensor, product: Product) -> Tensor:
     """Return ``<V, W>``, the sums of products per output channel."""
-    v, w = product.by_output(gradient.to(weight.dtype)), product.by_output(weight)
-    products = torch.mul(v, w, out=_scratch(v)) if _is_large(v) else v * w
+    v, w = product.by_output(gradient), product.by_output(weight)
+    products = _times(v, w)
     if v.dim() == weight.dim():
         return products.sum(tuple(range(1, v.dim())))
     return products.sum((1, *range(3, v.dim()))).flatten()
@@ -193,6 +219,11 @@ def _scratch(like: Tensor) -> Tensor:
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         return room.as_strided(like.shape, like.stride())
     return room[:size].view(like.shape)
+
+
+def _times(one: Tensor, other: Tensor) -> Tensor:
+    """Return a product in the dtype of its first factor, where it is large in memory that the next call overwrites."""
+    return torch.mul(one, other, out=_scratch(one)) if _is_large(one) else (one * other).to(one.dtype)
 
 
 def _scaled_in_scratch(weight: Tensor, scale: Tensor, product: Product) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from normfuse.layers.clamp import Clamp
-from normfuse.layers.kept import Kept, effective_weight, fixed_statistics
+from normfuse.layers.kept import Kept, effective_weight
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import ScaledProduct, Statistics, needs_plain, plain, scaled_output
 
@@ -41,17 +41,15 @@ class Pairing:
     norm: nn.Module
     channels: slice | list[int] | None = None
     same: bool = False
-    fixed: Kept = field(default_factory=Kept)
     effective: Kept = field(default_factory=Kept)
 
     def statistics(self) -> Statistics:
-        """Return the present inference form of the norm, for the channels of the product."""
+        """Return what the norm computes by at present, for the channels of the product."""
         norm: Any = self.norm
-        gain, shift, channels = norm.weight, norm.bias, self.channels
-        if channels is not None:
-            gain, shift = (None if t is None else t[channels] for t in (gain, shift))
-        fixed = fixed_statistics(self.fixed, norm.running_mean, norm.running_var, norm.eps, channels)
-        return Statistics(gain, shift, *fixed)
+        vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        if self.channels is not None:
+            vectors = tuple(None if v is None else v[self.channels] for v in vectors)
+        return Statistics(*vectors, norm.eps)
 
 
 class TunedLayer(nn.Module):
@@ -115,11 +113,11 @@ class TunedReLU6(TunedLayer):
 def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor:
     """Return the normalized product, by the way that costs least for what is trained."""
     norm = pairing.statistics()
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return _normalize_after(x, weight, bias, norm, pairing, product)  # a compiler fuses it into what follows
     if needs_plain(x, weight):
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _normalize_after(x, weight, bias, norm, product)  # a compiler fuses it into what follows
         return plain(x, weight, bias, norm, product)
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype:
         return product.run(x, weight, bias)  # raises what the plain layer raises
@@ -127,8 +125,8 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
     if training and weight.requires_grad:
         return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm, product))
     if training and norm.gain is not None and norm.gain.requires_grad:
-        return _normalize_after(x, weight, bias, norm, pairing, product)
-    if product.output_size(x, weight) < weight.numel():
+        return _normalize_after(x, weight, bias, norm, product)
+    if product.output_size(x.shape, weight.shape) < weight.numel():
         scale = norm.scale()
         return scaled_output(x, weight, scale, norm.offset(scale, bias), product)
     fixed, offset = effective_weight(pairing.effective, weight, bias, norm, product, x.dtype)
@@ -137,9 +135,7 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
     return product.run(x, fixed, offset)
 
 
-def _normalize_after(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, pairing: Pairing, product: Product
-) -> Tensor:
+def _normalize_after(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:
     """Return the normalized product by the operations of eval mode.
 
     They cost least where the gain is trained and the weight is not: the gain's gradient is then cheaper to take from
@@ -150,11 +146,7 @@ def _normalize_after(
     y = product.run(x, weight.to(x.dtype), bias)
     if isinstance(product, Matrix) and y.dim() != 2:
         return torch.addcmul(norm.offset(norm.scale(), None), y, norm.scale()).to(x.dtype)
-    layer: Any = pairing.norm
-    mean, var = (
-        t if pairing.channels is None else t[pairing.channels] for t in (layer.running_mean, layer.running_var)
-    )
-    return F.batch_norm(y, mean, var, norm.gain, norm.shift, False, 0.0, layer.eps)
+    return F.batch_norm(y, norm.mean, norm.var, norm.gain, norm.shift, False, 0.0, norm.eps)
 
 
 def _geometry(layer: Any, x: Tensor, output_size: list[int] | None, same: bool) -> tuple[Tensor, Convolution]:
@@ -173,13 +165,14 @@ def _geometry(layer: Any, x: Tensor, output_size: list[int] | None, same: bool) 
         if any(total % 2 for total in totals):
             x, totals = F.pad(x, layer._reversed_padding_repeated_twice), [0] * len(totals)
         padding = tuple(total // 2 for total in totals)
-    return x, Convolution(layer.stride, padding, layer.dilation, layer.groups)
+    return x, Convolution(tuple(layer.stride), tuple(padding), tuple(layer.dilation), layer.groups)
 
 
 def _transposed_geometry(layer: Any, x: Tensor, output_size: list[int] | None) -> Convolution:
     where = (layer.stride, layer.padding, layer.kernel_size)
     extra = layer._output_padding(x, output_size, *where, len(layer.kernel_size), layer.dilation)
-    return Convolution(layer.stride, layer.padding, layer.dilation, layer.groups, True, tuple(extra))
+    stride, padding, dilation = (tuple(value) for value in (layer.stride, layer.padding, layer.dilation))
+    return Convolution(stride, padding, dilation, layer.groups, True, tuple(extra))
 
 
 def _pad_same(x: Tensor, layer: Any) -> Tensor:

@@ -27,7 +27,7 @@ SIZES = {"scales the weight": 9, "scales the output": 2}
 
 
 def make(product: Product, size: int, *, bias: bool = True, gains: list[float] | None = None) -> list[Any]:
-    """Return ``x, weight, bias, gain, shift, rstd, centre``, all but the last two trained."""
+    """Return ``x, weight, bias, gain, shift, mean, var, eps``, all but the last three trained."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -43,16 +43,16 @@ def make(product: Product, size: int, *, bias: bool = True, gains: list[float] |
     for value in values:
         if value is not None:
             value.requires_grad_()
-    return [*values, draw(6).abs() + 0.3, draw(6)]
+    return [*values, draw(6), draw(6).abs() + 0.3, 0.1]
 
 
 def by_eval(values: list[Any], product: Product) -> Tensor:
     """Return what eval mode computes: the product, then the norm."""
-    x, weight, bias, gain, shift, rstd, centre = values
+    x, weight, bias, gain, shift, mean, var, eps = values
     y = product.run(x, weight, bias)
     shape = (-1,) if isinstance(product, Matrix) else (-1, *[1] * (y.dim() - 2))
-    gain, shift, rstd, centre = (t.view(shape) for t in (gain, shift, rstd, centre))
-    return (y + centre) * rstd * gain + shift
+    gain, shift, mean, var = (t.view(shape) for t in (gain, shift, mean, var))
+    return (y - mean) / torch.sqrt(var + eps) * gain + shift
 
 
 def assert_equals_eval(values: list[Any], product: Product) -> None:
@@ -94,7 +94,7 @@ def test_output_size_is_right(name: str):
     product = CONVOLUTIONS[name]
     for size in (1, 2, 5, 6):
         x, weight, *_ = make(product, size)
-        assert product.output_size(x, weight) == product.run(x, weight, None).numel()
+        assert product.output_size(x.shape, weight.shape) == product.run(x, weight, None).numel()
 
 
 @pytest.mark.parametrize("size", SIZES.values())
@@ -132,7 +132,7 @@ def test_second_gradient_of_a_product_applied_twice():
     values = make(product, 4)
     x, weight, *rest = values
     weight = torch.randn(4, 4, 3, dtype=torch.float64, requires_grad=True)
-    rest = [t[:4].detach().requires_grad_(t.requires_grad) for t in rest]
+    rest = [*(t[:4].detach().requires_grad_(t.requires_grad) for t in rest[:-1]), rest[-1]]
 
     def penalty(function: Any) -> tuple[Tensor, ...]:
         y = function([function([x, weight, *rest], product).tanh(), weight, *rest], product)
@@ -147,27 +147,28 @@ def test_second_gradient_of_a_product_applied_twice():
 # what is kept
 
 
-def kept_sizes(call: Any) -> list[int]:
-    """Return the sizes of the tensors that a call keeps for backward."""
-    sizes: list[int] = []
+def kept_tensors(call: Any) -> list[Tensor]:
+    """Return the tensors that a call keeps for backward."""
+    tensors: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
+        tensors.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
-    return sizes
+    return tensors
 
 
-def test_only_the_input_and_the_parameters_are_kept():
+def test_only_the_input_is_kept_beside_what_the_layers_hold():
     product = Convolution((1, 1), (1, 1), (1, 1), 1)
-    x, weight, bias, gain, shift, rstd, centre = make(product, 9)
-    sizes = kept_sizes(lambda: ScaledProduct.apply(x, weight, bias, gain, shift, rstd, centre, product))
-    assert sorted(sizes, reverse=True)[:3] == [x.numel(), weight.numel(), 6]
-    eval_sizes = kept_sizes(lambda: F.batch_norm(F.conv2d(x, weight, bias, padding=1), rstd, rstd, gain, shift))
-    assert 2 * 6 * 9 * 9 in eval_sizes, "eval mode keeps the output of the convolution as well"
-    assert 2 * 6 * 9 * 9 not in sizes
+    values = make(product, 9)
+    x, weight, bias, gain, shift, mean, var, eps = values
+    own = {t.data_ptr() for t in (weight, bias, gain, shift, mean, var)}
+    kept = kept_tensors(lambda: ScaledProduct.apply(*values, product))
+    assert [t.data_ptr() for t in kept if t.data_ptr() not in own] == [x.data_ptr()]
+    by_eval_mode = kept_tensors(lambda: F.batch_norm(F.conv2d(x, weight, bias, padding=1), mean, var, gain, shift, eps=eps))
+    assert 2 * 6 * 9 * 9 in [t.numel() for t in by_eval_mode], "eval mode keeps the output of the convolution as well"
 
 
 def test_weights_in_shared_memory_do_not_mix():
@@ -191,7 +192,7 @@ def test_weights_in_shared_memory_do_not_mix():
             channels = weight.shape[1 if product.transposed else 0]
             gain = torch.linspace(-1, 1, channels, dtype=torch.float64).requires_grad_()
             fixed = torch.linspace(0.5, 1.5, channels, dtype=torch.float64)
-            y = function([y, weight, None, gain, fixed * 0, fixed, fixed], product).relu()
+            y = function([y, weight, None, gain, fixed * 0, -fixed, fixed, 0.0], product).relu()
             parameters += [weight, gain]
         return list(torch.autograd.grad(y.sum(), parameters))
 
