@@ -36,7 +36,8 @@ def tune_mode(
 
     Every BatchNorm works by its stored statistics from now on, whatever ``train()`` says, and those that normalize the
     output of a convolution or linear layer are applied by that layer, in its weight. Outputs and gradients are those of
-    eval mode; time and memory are about those of the folded model. Dropout and everything else follow ``train()``.
+    eval mode, memory is that of the folded model, and time lies between the two. Dropout and everything else follow
+    ``train()``.
 
     The layers change their class, to a subclass. Objects, parameters, buffers, ``state_dict`` keys and order stay, so
     an optimizer may exist before, and checkpoints fit with and without.

@@ -106,7 +106,7 @@ class _Memory:
             return False
         if tensor.shape != self.shape or tensor.stride() != self.strides:
             return False
-        return all([window.raw == value for window, value in self.pieces])
+        return all(window.raw == value for window, value in self.pieces)
 
 
 def _window(start: int, size: int) -> Any:

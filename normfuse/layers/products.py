@@ -19,6 +19,9 @@ from torch import Tensor
 
 from normfuse import numerics
 
+Needed = tuple[bool, bool, bool]
+Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+
 
 class Product(Protocol):
     """A layer that multiplies by a weight."""
@@ -27,10 +30,8 @@ class Product(Protocol):
         """Return ``W x + b``."""
         ...
 
-    def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of ``x`` and of the weight, None where not needed."""
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: Needed, dtype: torch.dtype) -> Gradients:
+        """Return the gradients of ``x``, the weight and, in ``dtype``, a bias; None where not needed."""
         ...
 
     def by_output(self, weight: Tensor) -> Tensor:
@@ -43,10 +44,6 @@ class Product(Protocol):
 
     def per_channel(self, vector: Tensor, y: Tensor) -> Tensor:
         """Return a vector of the output channels that broadcasts over the output ``y``."""
-        ...
-
-    def over_channels(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the sum of ``y``, taken in ``dtype``, over all but its channels, ``(out,)``."""
         ...
 
     def output_size(self, x: torch.Size, weight: torch.Size) -> int:
@@ -68,13 +65,18 @@ class Convolution(NamedTuple):
         """Return ``W x + b``, ``(N, out, *)``."""
         return torch.convolution(x, weight, bias, *self._geometry())
 
-    def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of ``x`` and of the weight, None where not needed."""
-        mask = [*needed, False]
-        dx, dw, _ = torch.ops.aten.convolution_backward.default(grad, x, weight, None, *self._geometry(), mask)
-        return dx if needed[0] else None, dw if needed[1] else None
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: Needed, dtype: torch.dtype) -> Gradients:
+        """Return the gradients of ``x``, the weight and, in ``dtype``, a bias; None where not needed."""
+        for_x, for_weight, for_bias = needed
+        along = for_bias and for_weight and grad.dtype is dtype  # oneDNN has it at hand with that of the weight
+        dx, dw, db = None, None, None
+        if for_x or for_weight:
+            run = torch.ops.aten.convolution_backward.default
+            sizes = [grad.shape[1]] if along else None
+            dx, dw, db = run(grad, x, weight, sizes, *self._geometry(), [for_x, for_weight, along])
+        if for_bias and not along:
+            db = grad.sum((0, *range(2, grad.dim())), dtype=dtype)
+        return dx if for_x else None, dw if for_weight else None, db if for_bias else None
 
     def _geometry(self) -> Any:
         output_padding = self.output_padding or (0,) * len(self.stride)
@@ -91,10 +93,6 @@ class Convolution(NamedTuple):
     def per_channel(self, vector: Tensor, y: Tensor) -> Tensor:
         """Return ``(out, 1...)``."""
         return vector.reshape(-1, *[1] * (y.dim() - 2))
-
-    def over_channels(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the sum over batch and space."""
-        return y.sum((0, *range(2, y.dim())), dtype=dtype)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - of a value that only tells a geometry
     def output_size(self, x: torch.Size, weight: torch.Size) -> int:
@@ -119,13 +117,12 @@ class Matrix:
         """Return ``W x + b``, ``(*, out)``."""
         return F.linear(x, weight, bias)
 
-    def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of ``x`` and of the weight, None where not needed."""
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: Needed, dtype: torch.dtype) -> Gradients:
+        """Return the gradients of ``x``, the weight and, in ``dtype``, a bias; None where not needed."""
+        rows = grad.reshape(-1, grad.shape[-1])
         dx = grad @ weight if needed[0] else None
-        dw = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
-        return dx, dw
+        dw = rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
+        return dx, dw, rows.sum(0, dtype=dtype) if needed[2] else None
 
     def by_output(self, weight: Tensor) -> Tensor:
         """Return the weight, ``(out, in)``."""
@@ -138,10 +135,6 @@ class Matrix:
     def per_channel(self, vector: Tensor, y: Tensor) -> Tensor:
         """Return ``(out,)``."""
         return vector
-
-    def over_channels(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the sum over all but the last axis."""
-        return y.reshape(-1, y.shape[-1]).sum(0, dtype=dtype)
 
     def output_size(self, x: torch.Size, weight: torch.Size) -> int:
         """Return the number of elements of the output, for shapes of the input and the weight."""

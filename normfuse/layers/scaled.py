@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from normfuse.layers.products import Product
+from normfuse.layers.products import Gradients, Needed, Product
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -69,10 +69,7 @@ def needs_plain(*tensors: Tensor) -> bool:
         return True
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return True
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_meta:
-            return True
-    return False
+    return any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in tensors)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:
@@ -124,23 +121,24 @@ class ScaledProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Return the gradients of the tensors; differentiable where a graph is asked for."""
-        x, weight, bias, *vectors = ctx.saved_tensors
-        norm, product = Statistics(*vectors, ctx.eps), ctx.product
+        x, weight, bias, gain, shift, mean, var = ctx.saved_tensors
+        norm, product = Statistics(gain, shift, mean, var, ctx.eps), ctx.product
         if torch.is_grad_enabled():
             return *_through_plain(ctx, grad, x, weight, bias, norm), None, None, None, None
         for_x, for_weight, for_bias, for_gain, for_shift, *_ = ctx.needs_input_grad
         rstd = norm.rstd()
-        scale = rstd if norm.gain is None else rstd * norm.gain
-        total = product.over_channels(grad, rstd.dtype) if for_bias or for_gain or for_shift else None
-        needed = for_x, for_weight, for_gain
-        dx, dw, dots = (_on_output if ctx.on_output else _on_weight)(product, grad, x, weight, scale, needed)
-        dbias = scale * total if for_bias else None
-        dgain = torch.addcmul(dots, norm.centred(bias), total).mul_(rstd) if for_gain else None
-        return dx, dw, dbias, dgain, total if for_shift else None, None, None, None, None
-
-
-Needed = tuple[bool, bool, bool]
-"""Whether a gradient of the input, of the weight and of the gain is asked for."""
+        scale = rstd if gain is None else rstd * gain
+        needed = for_x, for_weight or for_gain, for_bias or for_gain or for_shift
+        dx, v, total = (_on_output if ctx.on_output else _on_weight)(product, grad, x, weight, scale, needed)
+        dgain = None
+        if for_gain and v is not None and total is not None:
+            dots = _dots(v, weight, product)
+            dots = dots.div_(scale) if ctx.on_output else dots
+            dgain = dots.addcmul_(norm.centred(bias), total).mul_(rstd)
+        if for_weight and not ctx.on_output:
+            product.by_output(v).mul_(product.per_output(scale, weight))
+        dbias = scale * total if for_bias and total is not None else None
+        return dx, v if for_weight else None, dbias, dgain, total if for_shift else None, None, None, None, None
 
 
 def _prefers_output(x: Tensor, weight: Tensor, scale: Tensor, product: Product) -> bool:
@@ -150,30 +148,18 @@ def _prefers_output(x: Tensor, weight: Tensor, scale: Tensor, product: Product) 
     return bool(scale.abs().min() > torch.finfo(scale.dtype).tiny ** 0.5)
 
 
-def _on_weight(
-    product: Product, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Needed
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    for_x, for_weight, for_gain = needed
-    new = _scaled_in_scratch(weight, scale, product).to(x.dtype) if for_x else weight.to(x.dtype)
-    dx, v = product.gradients(grad, x, new, (for_x, for_weight or for_gain))
-    if v is None:
-        return dx, None, None
-    v = v.to(weight.dtype)
-    dots = _dots(v, weight, product) if for_gain else None
-    if not for_weight:
-        return dx, None, dots
-    product.by_output(v).mul_(product.per_output(scale, weight))
-    return dx, v, dots
+def _on_weight(product: Product, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Needed) -> Gradients:
+    """Return ``dJ/dx``, ``V`` and ``S``."""
+    new = _scaled_in_scratch(weight, scale, product).to(x.dtype) if needed[0] else weight.to(x.dtype)
+    dx, v, total = product.gradients(grad, x, new, needed, scale.dtype)
+    return dx, None if v is None else v.to(weight.dtype), total
 
 
-def _on_output(
-    product: Product, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Needed
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    for_x, for_weight, for_gain = needed
+def _on_output(product: Product, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needed: Needed) -> Gradients:
+    """Return ``dJ/dx``, ``dJ/dW`` and ``S``."""
     scaled_grad = _times(grad, product.per_channel(scale, grad))
-    dx, dw = product.gradients(scaled_grad, x, weight, (for_x, for_weight or for_gain))
-    dots = _dots(dw, weight, product) / scale if for_gain and dw is not None else None
-    return dx, dw if for_weight else None, dots
+    dx, dw, total = product.gradients(scaled_grad, x, weight, needed, scale.dtype)
+    return dx, dw, None if total is None else total / scale
 
 
 def _dots(gradient: Tensor, weight: Tensor, product: Product) -> Tensor:

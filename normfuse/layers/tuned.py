@@ -46,10 +46,11 @@ class Pairing:
     def statistics(self) -> Statistics:
         """Return what the norm computes by at present, for the channels of the product."""
         norm: Any = self.norm
-        vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-        if self.channels is not None:
-            vectors = tuple(None if v is None else v[self.channels] for v in vectors)
-        return Statistics(*vectors, norm.eps)
+        gain, shift, mean, var, channels = norm.weight, norm.bias, norm.running_mean, norm.running_var, self.channels
+        if channels is not None:
+            gain, shift = (None if v is None else v[channels] for v in (gain, shift))
+            mean, var = mean[channels], var[channels]
+        return Statistics(gain, shift, mean, var, norm.eps)
 
 
 class TunedLayer(nn.Module):

@@ -167,7 +167,9 @@ def test_only_the_input_is_kept_beside_what_the_layers_hold():
     own = {t.data_ptr() for t in (weight, bias, gain, shift, mean, var)}
     kept = kept_tensors(lambda: ScaledProduct.apply(*values, product))
     assert [t.data_ptr() for t in kept if t.data_ptr() not in own] == [x.data_ptr()]
-    by_eval_mode = kept_tensors(lambda: F.batch_norm(F.conv2d(x, weight, bias, padding=1), mean, var, gain, shift, eps=eps))
+    by_eval_mode = kept_tensors(
+        lambda: F.batch_norm(F.conv2d(x, weight, bias, padding=1), mean, var, gain, shift, eps=eps)
+    )
     assert 2 * 6 * 9 * 9 in [t.numel() for t in by_eval_mode], "eval mode keeps the output of the convolution as well"
 
 
