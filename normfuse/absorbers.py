@@ -19,11 +19,13 @@ from normfuse import adapters
 from normfuse.base import Reason, Refused
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, function_name
+from normfuse.layers.l1_layer_norm import L1TokenNorm
 
 Kind = Literal["conv", "linear", "embedding", "addend", "factor", "norm", "attention"]
 _CONV_FUNCTIONS = {f"conv{t}{n}d": t == "_transpose" for t in ("", "_transpose") for n in (1, 2, 3)}
 _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ADDMM_ARGS = ("input", "mat1", "mat2")
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, L1TokenNorm)
 _CONV_TRANSPOSE_ARGS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
@@ -64,7 +66,7 @@ def output_side(node: fx.Node, graph: ModelGraph) -> Absorber | None:
     if isinstance(module, nn.Embedding) and layer is not None:
         # with max_norm the forward pass rescales the rows it reads, so scaled rows would not stay scaled
         return Absorber("embedding", name, f"{name}.weight") if module.max_norm is None else None
-    if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and module.weight is not None:
+    if isinstance(module, _NORMS) and module.weight is not None:
         return Absorber("norm", name, f"{name}.weight", None if layer is nn.RMSNorm else f"{name}.bias")
     return _layer(node, module, name)
 

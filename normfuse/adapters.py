@@ -41,6 +41,47 @@ def frozen(module: nn.Module) -> Frozen | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenNorm:
+    """A LayerNorm or RMSNorm over trailing axes, in a kernel of its own: ``weight``, perhaps ``bias``.
+
+    Attributes:
+        kind: ``"LayerNorm"`` or ``"RMSNorm"``.
+        neutral: The value of ``weight`` with which the gain is one.
+    """
+
+    kind: str
+    neutral: float = 1.0
+
+
+_TOKEN_NORMS = {
+    "apex.normalization.fused_layer_norm.FusedLayerNorm": "LayerNorm",
+    "apex.normalization.fused_layer_norm.FusedRMSNorm": "RMSNorm",
+    "apex.normalization.fused_layer_norm.MixedFusedLayerNorm": "LayerNorm",
+    "apex.normalization.fused_layer_norm.MixedFusedRMSNorm": "RMSNorm",
+    "apex.contrib.layer_norm.layer_norm.FastLayerNorm": "LayerNorm",
+    "megatron.core.fusions.fused_layer_norm.FusedLayerNorm": "LayerNorm",
+    "megatron.legacy.model.fused_layer_norm.MixedFusedLayerNorm": "LayerNorm",
+    "megatron.model.fused_layer_norm.MixedFusedLayerNorm": "LayerNorm",
+    "transformer_engine.pytorch.module.layernorm.LayerNorm": "LayerNorm",
+    "transformer_engine.pytorch.module.rmsnorm.RMSNorm": "RMSNorm",
+}
+_ZERO_CENTRED = ("zero_centered_gamma", "apply_layernorm_1p")  # attributes that make the gain one plus the weight
+
+
+def token_norm(module: nn.Module) -> TokenNorm | None:
+    """Return the adapter of a norm of Apex, Megatron or Transformer Engine that keeps its ``forward``."""
+    if "forward" in vars(module):
+        return None
+    for cls in type(module).__mro__:
+        kind = _TOKEN_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if kind is not None:
+            return TokenNorm(kind, float(not any(getattr(module, name, False) for name in _ZERO_CENTRED)))
+        if "forward" in vars(cls):
+            return None
+    return None
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether an adapter describes the module, so that the readers take it as one operation."""
     return "forward" not in vars(module) and frozen(module) is not None

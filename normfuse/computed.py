@@ -25,6 +25,12 @@ def makers(module: nn.Module) -> dict[str, str]:
     return found | {_tensor_name(hook): type(hook).__name__ for hook in _hooks(module)}
 
 
+def originals(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the identities of the tensors that a parametrized tensor is computed from; empty for another tensor."""
+    held: Any = module.parametrizations if is_parametrized(module, name) else None
+    return tuple(id(tensor) for tensor in held[name].parameters(recurse=False)) if held is not None else ()
+
+
 def make_plain(module: nn.Module, name: str) -> None:
     """Replace a computed tensor of a module by a parameter, or a buffer if that is what it stems from, of its value.
 

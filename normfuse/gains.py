@@ -1,8 +1,10 @@
 """Gains and shifts that are parameters: those that end a norm, and products of an activation and a parameter.
 
-LayerNorm, RMSNorm           y = gamma n(x) + beta     gamma, beta of the trailing axes
+LayerNorm, RMSNorm, L1 norms y = gamma n(x) + beta     gamma, beta of the trailing axes
 GroupNorm, InstanceNorm      y = gamma n(x) + beta     gamma, beta of axis 1
 LayerScale, a norm by hand   y = gamma x (+ beta)      gamma, beta broadcast to x
+
+A gain may be one plus its parameter, as in the RMSNorm of Gemma.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normfuse import adapters
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph, function_name
-from normfuse.norms import Norm, ranks
+from normfuse.layers.l1_layer_norm import L1TokenNorm
+from normfuse.norms import Norm
 from normfuse.numerics import exact
 from normfuse.operations import describe
+from normfuse.ranks import ranks
 
-_TRAILING = (nn.LayerNorm, nn.RMSNorm)
+_TRAILING = (nn.LayerNorm, nn.RMSNorm, L1TokenNorm)
 _CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _ARGUMENTS = {
     "layer_norm": ("input", "normalized_shape", "weight", "bias"),
@@ -61,6 +66,7 @@ class Gain:
         norm: The norm that they end, None for a product that stands on its own.
         axis: The axis of the gain: 1, or None where it is broadcast to the trailing axes.
         calls: Where they act.
+        neutral: The value of the parameter ``scale`` with which the gain is one.
     """
 
     module: str
@@ -69,6 +75,7 @@ class Gain:
     norm: Norm | None
     axis: int | None = None
     calls: list[Call] = field(default_factory=list)
+    neutral: float = 1.0
 
     @property
     def tensors(self) -> list[str]:
@@ -77,7 +84,7 @@ class Gain:
 
     def changes_something(self, graph: ModelGraph) -> bool:
         """Whether any gain is not one or any shift not zero."""
-        scale = self.scale is not None and bool((graph.tensor(self.scale) != 1).any())
+        scale = self.scale is not None and bool((graph.tensor(self.scale) != self.neutral).any())
         return scale or (self.shift is not None and bool((graph.tensor(self.shift) != 0).any()))
 
     def map(self, call: Call, graph: ModelGraph) -> AffineMap:
@@ -92,11 +99,15 @@ class Gain:
             text = f"the rank of the input of {self.module} is not known"
             raise Refused(Reason.RANK_UNKNOWN, text, "pass example_inputs")
         scale = self._values(call.scale, self.scale, graph, torch.ones(1), rank)
+        if call.scale is None and self.scale is not None:
+            scale = scale + (1 - self.neutral)
         return AffineMap(scale, self._values(call.shift, self.shift, graph, torch.zeros(1), rank))
 
     def _values(self, node: fx.Node | None, name: str | None, graph: ModelGraph, neutral: Tensor, rank: int) -> Tensor:
         values = graph.value(node) if node is not None else neutral if name is None else graph.tensor(name).detach()
         values = exact(values)
+        if values.dim() > rank:
+            raise Refused(Reason.AXIS, f"a gain or shift of {self.module} has more axes than what it acts on")
         if self.axis is None or values.numel() == 1:
             return values.reshape((1,) * (rank - values.dim()) + tuple(values.shape))
         return AffineMap.along(self.axis, rank, values, values).scale
@@ -123,12 +134,15 @@ def of_norm(norm: Norm, graph: ModelGraph) -> Gain | None:
 
 def _of_leaf(norm: Norm, node: fx.Node, graph: ModelGraph) -> Gain | None:
     module: Any = graph.module_of(node)
-    if not isinstance(module, _TRAILING + _CHANNELS) or getattr(module, "running_mean", None) is not None:
+    known = adapters.token_norm(module) if module is not None else None
+    plain = isinstance(module, _TRAILING + _CHANNELS) and getattr(module, "running_mean", None) is None
+    if not plain and known is None:
         return None
     names = [f"{node.target}.{key}" if getattr(module, key, None) is not None else None for key in ("weight", "bias")]
     axis = 1 if isinstance(module, _CHANNELS) else None
     value = node.all_input_nodes[0]
-    return Gain(str(node.target), names[0], names[1], norm, axis, [Call(value, node, node)])
+    neutral = 1.0 if known is None else known.neutral
+    return Gain(str(node.target), names[0], names[1], norm, axis, [Call(value, node, node)], neutral)
 
 
 def _of_function(norm: Norm, node: fx.Node, graph: ModelGraph) -> Gain | None:
@@ -167,22 +181,34 @@ def _parameter(node: Any, graph: ModelGraph) -> str | None:
 def products(graph: ModelGraph, norms: list[Norm]) -> Iterator[Gain]:
     """Yield every parameter that multiplies an activation, with the parameter of the same module that is added next."""
     by_module = {norm.module: norm for norm in norms if norm.module is not None}
+    by_node = {node: norm for norm in norms if norm.module is None for node in norm.nodes}
     found: dict[tuple[str, str | None], Gain] = {}
     for node in graph.nodes:
         operands = _operands(node, "mul", graph)
         if operands is None:
             continue
-        value, factor, scale = operands
+        value, factor, scale, neutral = operands
         output, addend, shift = _addition(node, scale, graph)
         module = scale.rpartition(".")[0]
         inside = any(call.name == module for call in node.meta.get("scope", ()))
-        gain = found.setdefault((scale, shift), Gain(module, scale, shift, by_module.get(module) if inside else None))
+        norm = (by_module.get(module) if inside else None) or by_node.get(_plain(value, graph))
+        gain = found.setdefault((scale, shift), Gain(module, scale, shift, norm, neutral=neutral))
         gain.calls.append(Call(value, node, output, factor, addend))
     yield from found.values()
 
 
-def _operands(node: fx.Node, name: str, graph: ModelGraph) -> tuple[fx.Node, fx.Node, str] | None:
-    """Return ``(activation, constant, parameter)`` of a sum or product of those, in the shape of the activation."""
+def _plain(node: fx.Node, graph: ModelGraph) -> fx.Node:
+    """Return the value that a node shows in another dtype."""
+    while describe(node, graph).name == "identity" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _operands(node: fx.Node, name: str, graph: ModelGraph) -> tuple[fx.Node, fx.Node, str, float] | None:
+    """Return ``(activation, constant, parameter, neutral)`` of a sum or product, in the shape of the activation.
+
+    The last is the value of the parameter with which a product changes nothing.
+    """
     operation = describe(node, graph)
     if operation.name != name or len(operation.inputs) != 2 or operation.args.get("alpha", 1) != 1:
         return None
@@ -190,8 +216,19 @@ def _operands(node: fx.Node, name: str, graph: ModelGraph) -> tuple[fx.Node, fx.
     active = [source for source in operation.inputs if not graph.is_constant(source)]
     if len(constant) != 1 or graph.shape(active[0]) != graph.shape(node):
         return None
-    parameter = _parameter(constant[0], graph)
-    return None if parameter is None else (active[0], constant[0], parameter)
+    bare = _without_one(constant[0], graph) if name == "mul" else constant[0]
+    parameter = _parameter(bare, graph)
+    return None if parameter is None else (active[0], constant[0], parameter, float(bare is constant[0]))
+
+
+def _without_one(node: fx.Node, graph: ModelGraph) -> fx.Node:
+    """Return ``w`` where a constant is ``1 + w``, else the constant itself."""
+    operation = describe(node, graph)
+    plain = operation.args.get("alpha", 1) == 1 and len(node.args) == 2 and len(operation.inputs) == 1
+    if node.op == "get_attr" or operation.name != "add" or not plain:
+        return node
+    number = next((a for a in node.args if not isinstance(a, fx.Node)), None)
+    return operation.inputs[0] if isinstance(number, int | float) and number == 1 else node
 
 
 def _addition(product: fx.Node, scale: str, graph: ModelGraph) -> tuple[fx.Node, fx.Node | None, str | None]:

@@ -1,7 +1,8 @@
 """Which parts of a captured model are norms, and which of those are fixed affine maps.
 
-A norm is a module (a torch norm, a known third-party one, or a class that is named like one) or a call of a torch norm
-function such as ``F.batch_norm`` on an activation. A call on the parameters of a norm module belongs to that module.
+A norm is a module (a torch norm, a known third-party one, or a class that is named like one), a call of a torch norm
+function such as ``F.batch_norm`` on an activation, or a norm written out in torch operations. A call on the parameters
+of a norm module belongs to that module.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normfuse import adapters, numerics
+from normfuse import adapters, constant_maps, numerics, written_norms
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.capture.leaves import affine_inference
-from normfuse.graph import ModelGraph, function_name, is_uninitialized
+from normfuse.constant_maps import ConstantMap
+from normfuse.graph import ModelGraph, ModuleCall, function_name, is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
+from normfuse.ranks import ranks
+from normfuse.written_norms import WrittenNorm
 
 _TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
-_NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$")
+_NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$|[a-z]BN$|^(I?GDN\w{0,2}|RN_(B|L|binarylabel)|LayerScaling)$")
+_HOLDS_LAYERS = ("LearnedRegionNorm", "RN_L")  # norms that make their gain and shift with layers of their own
 _NORM_FUNCTIONS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _NATIVE_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
@@ -40,12 +45,14 @@ class Norm:
         layer: Class name, or the name of the function.
         nodes: Its call sites in the graph, in order; empty where the captured run did not reach it.
         module: Qualified name of the norm module, None for a bare call.
+        maps: What each call of a module does that only adds and multiplies constants, by its last node in ``nodes``.
     """
 
     name: str
     layer: str
     module: str | None
     nodes: list[fx.Node] = field(default_factory=list)
+    maps: dict[fx.Node, ConstantMap] = field(default_factory=dict)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -54,18 +61,26 @@ def is_norm(module: nn.Module) -> bool:
         return True
     if type(module).__module__.startswith("torch.nn.utils.") or not _NORM_NAME.search(type(module).__name__):
         return False
-    return not any(True for child in module.children() for _ in child.parameters())
+    holds_layers = any(True for child in module.children() for _ in child.parameters())
+    return type(module).__name__ in _HOLDS_LAYERS or not holds_layers
 
 
 def find_norms(graph: ModelGraph) -> list[Norm]:
     """Return every norm of the model once: the reached ones in order of execution, then the others."""
-    norms = {name: Norm(name, type(m).__name__, name) for name, m in graph.root.named_modules() if is_norm(m)}
+    norms = {name: Norm(name, type(m).__name__, name) for name, m in _norm_modules(graph.root)}
     for node in graph.nodes:
         _attach(node, graph, norms)
+    for written in written_norms.find(graph):
+        _attach_written(written, graph, norms)
     for call in graph.calls:  # a norm of our own naming that calls no torch norm was still reached
-        if call.name in norms and not norms[call.name].nodes:
-            norms[call.name].nodes.extend(graph.body(call)[:1])
+        if call.name in norms:
+            _attach_call(call, norms[call.name], graph)
     return sorted(norms.values(), key=lambda norm: graph.order[norm.nodes[0]] if norm.nodes else len(graph.nodes))
+
+
+def _norm_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the norms of activations; a parametrization, such as FixNorm, is one of a weight."""
+    yield from ((n, m) for n, m in root.named_modules() if is_norm(m) and ".parametrizations." not in f".{n}")
 
 
 def _attach(node: fx.Node, graph: ModelGraph, norms: dict[str, Norm]) -> None:
@@ -77,6 +92,25 @@ def _attach(node: fx.Node, graph: ModelGraph, norms: dict[str, Norm]) -> None:
         if owner is None and name in norms and not _same_call(node, norms[name].nodes[0]):
             name = f"{name}_{sum(key.startswith(name) for key in norms)}"
         norms.setdefault(name, Norm(name, function_name(node), owner)).nodes.append(node)
+
+
+def _attach_written(written: WrittenNorm, graph: ModelGraph, norms: dict[str, Norm]) -> None:
+    """Add a norm that is written out, where it is not the inside of a module that is a norm."""
+    if any(call.name in norms for call in written.node.meta.get("scope", ())):
+        return
+    name = f"{_scope_name(written.node)}:{written.kind}"
+    known = sum(key.startswith(name) for key in norms)
+    name = f"{name}_{known}" if known else name
+    norms[name] = Norm(name, f"{written.kind}, written out", None, [written.node])
+
+
+def _attach_call(call: ModuleCall, norm: Norm, graph: ModelGraph) -> None:
+    if norm.nodes and not norm.maps:
+        return
+    found = constant_maps.of_call(call, graph)
+    if found is not None:
+        norm.maps[found.nodes[-1]] = found
+    norm.nodes.extend(graph.body(call)[:1] if found is None else found.nodes[-1:])
 
 
 def _owner(node: fx.Node, norms: dict[str, Norm]) -> str | None:
@@ -110,6 +144,7 @@ def source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, Affin
         Refused: The norm has no fixed affine inference form, or its statistics or rank are not known.
     """
     if node.op == "call_module":
+        _require_one_result(norm, node, graph)
         scale, shift = _module_affine(norm.name, graph)
     elif function_name(node) == "batch_norm":
         scale, shift = _function_affine(norm.name, node, graph)
@@ -119,6 +154,42 @@ def source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, Affin
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{norm.name} ({norm.layer}) normalises by statistics of its input")
     value, rank = input_of(norm, node, graph)
     return value, AffineMap.along(_channel_axis(graph.module_of(node), rank), rank, scale, shift)
+
+
+@torch.no_grad()
+def written_source(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, AffineMap]:
+    """Return what :func:`source` does, also for a module that was read as a map of constants.
+
+    Raises:
+        Refused: As :func:`source`.
+    """
+    if node not in norm.maps:
+        return source(norm, node, graph)
+    return norm.maps[node].value, _written_affine(norm, node, graph)
+
+
+def _written_affine(norm: Norm, node: fx.Node, graph: ModelGraph) -> AffineMap:
+    _require_eval(norm.name, graph)
+    value = norm.maps[node].value
+    shape = graph.shape(value)
+    rank = len(shape) if shape is not None else ranks(value, graph)
+    if rank is None:
+        raise Refused(Reason.RANK_UNKNOWN, f"the rank of the input of {norm.name} is not known", "pass example_inputs")
+    m = norm.maps[node].affine(graph, rank)
+    if m is None:
+        raise Refused(Reason.AXIS, f"{norm.name} has a constant of more axes than its input")
+    return m
+
+
+def reader(norm: Norm, node: fx.Node) -> fx.Node:
+    """Return the node of a call that reads what it normalizes."""
+    return norm.maps[node].nodes[0] if node in norm.maps else node
+
+
+def _require_one_result(norm: Norm, node: fx.Node, graph: ModelGraph) -> None:
+    known = affine_inference(graph.module_of(node))
+    if known is not None and not known.is_map_of(*node.args, **node.kwargs):
+        raise Refused(Reason.EXTRA_CONSUMER, f"{norm.name} is asked for more than its map, which a fold would lose")
 
 
 def _channel_axis(module: nn.Module | None, rank: int) -> int:
@@ -141,13 +212,18 @@ def _module_affine(name: str, graph: ModelGraph) -> tuple[Tensor, Tensor]:
         return numerics.norm_affine(m.running_mean, m.running_var, m.weight, m.bias, m.eps)
     known = affine_inference(module)
     if known is not None:
-        _require_eval(name, graph)
+        if not known.is_ready():
+            raise Refused(Reason.UNINITIALIZED, f"{name} has not seen its first batch", "train it first")
+        if not known.fixed_in_training:
+            _require_eval(name, graph)
         return known.affine_map()
     if not isinstance(module, _NormBase):
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} ({type(module).__name__}) has no rule")
     if is_uninitialized(module):
         raise Refused(Reason.UNINITIALIZED, f"{name} has no values yet", "run the model once")
     if module.running_mean is None or module.running_var is None:
+        if isinstance(module, _InstanceNorm):
+            raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} normalises each sample by its own statistics")
         raise Refused(Reason.BATCH_STATISTICS, f"{name} has no running statistics", "recalibrate it, or leave it")
     _require_eval(name, graph)
     return numerics.norm_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
@@ -202,44 +278,11 @@ def _rank_of_class(norm: Norm, graph: ModelGraph) -> int | None:
     return 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else None
 
 
-def ranks(node: fx.Node, graph: ModelGraph) -> int | None:
-    """Return the rank of a value where layers imply it (a symbolic capture has no shapes), else None."""
-    module = graph.module_of(node)
-    for classes, rank in _RANK_OF_LAYER:
-        if isinstance(module, classes):
-            return rank
-    if adapters.is_known(module) if module is not None else False:
-        return 4
-    if isinstance(module, nn.Flatten):
-        return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
-    name = function_name(node)
-    if name in _RANK_OF_FUNCTION:
-        return _RANK_OF_FUNCTION[name]
-    keeps = isinstance(module, (*_KEEP_RANK, AffineInference)) or name in _KEEP_RANK_FUNCTIONS
-    first = next(iter(node.all_input_nodes), None)
-    return ranks(first, graph) if keeps and first is not None else None
-
-
-_RANK_OF_LAYER: tuple[tuple[Any, int], ...] = (
-    ((nn.Conv1d, nn.ConvTranspose1d, nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d), 3),
-    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d), 4),
-    ((nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.ZeroPad2d), 4),
-    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.AvgPool3d, nn.MaxPool3d), 5),
-)
-_RANK_OF_FUNCTION = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "avg_pool2d": 4, "max_pool2d": 4}
-_KEEP_RANK = (nn.Linear, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh)
-_KEEP_RANK = (
-    *_KEEP_RANK,
-    nn.Identity,
-    nn.BatchNorm1d,
-    nn.SyncBatchNorm,
-    nn.LayerNorm,
-    nn.ELU,
-    nn.Dropout,
-    nn.Dropout2d,
-)
-_KEEP_RANK_FUNCTIONS = ("cat", "relu", "gelu", "silu", "dropout", "contiguous", "add", "mul", "sigmoid", "tanh")
-_KEEP_RANK_FUNCTIONS = (*_KEEP_RANK_FUNCTIONS, "batch_norm", "linear")
+def written_maps(graph: ModelGraph) -> Iterator[Norm]:
+    """Yield the norms of no known affine form of which every call only adds and multiplies constants."""
+    for norm in find_norms(graph):
+        if norm.maps and all(node in norm.maps for node in norm.nodes) and not has_affine_form(norm, graph):
+            yield norm
 
 
 def norm_nodes(graph: ModelGraph) -> Iterator[Norm]:

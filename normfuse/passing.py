@@ -17,8 +17,8 @@ from normfuse import gather
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
-from normfuse.norms import ranks
 from normfuse.operations import Operation
+from normfuse.ranks import ranks
 
 Passing = Callable[[fx.Node, Operation, AffineMap, ModelGraph, bool], AffineMap]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfuse import gains, norms, surgery
+from normfuse import adapters, gains, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture.modes import eval_mode
 from normfuse.gains import Gain
@@ -157,8 +157,8 @@ def _left_behind(gain: Gain, graph: ModelGraph) -> _Fold:
             return _Fold({}, [edit], nodes)
     if _runs_without(gain, graph):
         return _Fold({}, [{"op": "drop", "tensor": name} for name in gain.tensors])
-    neutral = {gain.scale: torch.ones_like, gain.shift: torch.zeros_like}
-    return _Fold({name: make(graph.tensor(name)).double() for name, make in neutral.items() if name is not None})
+    neutral = {gain.scale: gain.neutral, gain.shift: 0.0}
+    return _Fold({n: torch.full_like(graph.tensor(n), v).double() for n, v in neutral.items() if n is not None})
 
 
 def _runs_without(gain: Gain, graph: ModelGraph) -> bool:
@@ -166,8 +166,12 @@ def _runs_without(gain: Gain, graph: ModelGraph) -> bool:
     norm = gain.norm
     if norm is None or norm.module is None or any(graph.shape(call.node) is None for call in gain.calls):
         return False
+    if gain.neutral != 1:
+        return False
     parent = graph.module(norm.module.rpartition(".")[0])
     if norm.module != gain.module or isinstance(parent, _READ_THEIR_NORMS):
+        return False
+    if adapters.token_norm(graph.module(norm.module)) is not None:
         return False
     if all(call.node.op == "call_module" for call in gain.calls):
         return not any(node.op == "get_attr" and node.target in gain.tensors for node in graph.nodes)

@@ -48,7 +48,7 @@ class FoldBN(Pass):
 
     def detect(self, graph: ModelGraph) -> Iterator[Match]:
         """Yield every norm of fixed affine form that the captured run reached."""
-        for norm in norms.norm_nodes(graph):
+        for norm in (*norms.norm_nodes(graph), *norms.written_maps(graph)):
             yield Match(norm.name, norm.layer, payload=norm)
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
@@ -56,6 +56,7 @@ class FoldBN(Pass):
         norm: Norm = match.payload
         try:
             require_no_hooks(norm.module, graph)
+            _require_own_readers(norm, graph)
             plan, tensors = _find(norm, graph)
             edits, neutral = _removal(norm, graph)
         except Refused as refused:
@@ -73,7 +74,19 @@ class FoldBN(Pass):
             graph.perform(edit)
         graph.assign(fold.pads)
         for node in fold.norm.nodes if match.kept is None else ():
-            graph.remove(node)
+            for step in fold.norm.maps[node].nodes if node in fold.norm.maps else (node,):
+                graph.remove(step)
+
+
+def _require_own_readers(norm: Norm, graph: ModelGraph) -> None:
+    """Refuse where anything but its calls reads the parameters of a layer that would be replaced."""
+    if norm.module is None or not all(node.op == "call_module" for node in norm.nodes):
+        return
+    for key in graph.module(norm.module)._parameters:
+        name = f"{norm.module}.{key}"
+        other = next((use for use in graph.uses(name) if use not in norm.nodes), None)
+        if other is not None and len(graph.owners(name)) == 1:
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {other.name}")
 
 
 def _find(norm: Norm, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:
@@ -117,12 +130,12 @@ def _plan(direction: Callable[[Norm, fx.Node, ModelGraph, Plan], Plan], norm: No
 
 
 def _backward(norm: Norm, node: fx.Node, graph: ModelGraph, plan: Plan) -> Plan:
-    value, m = norms.source(norm, node, graph)
-    return Router(graph).backward(value, m, node, plan)
+    value, m = norms.written_source(norm, node, graph)
+    return Router(graph).backward(value, m, norms.reader(norm, node), plan)
 
 
 def _forward(norm: Norm, node: fx.Node, graph: ModelGraph, plan: Plan) -> Plan:
-    _, m = norms.source(norm, node, graph)
+    _, m = norms.written_source(norm, node, graph)
     return Router(graph).forward(node, m, plan)
 
 
@@ -133,6 +146,8 @@ def _removal(norm: Norm, graph: ModelGraph) -> tuple[list[surgery.Edit], dict[st
         known = adapters.frozen(module) if adapters.is_known(module) else None
         tail: list[str] | None = list(known.tail) if known else []
         scaling = _scaling(norm, graph)
+        if norm.maps:
+            return [{"op": "replace", "path": norm.module, "module": surgery.IDENTITY}], {}
         if affine_inference(module) is not None:
             left = surgery.IDENTITY if scaling is None else {"ref": scaling}
             return [{"op": "replace", "path": norm.module, "module": _on_input_alone(left, norm)}], {}

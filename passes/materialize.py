@@ -35,10 +35,11 @@ _SAME_PADDED = {
 
 @dataclass(frozen=True, slots=True)
 class _Parametrized:
-    """A tensor that torch computes for a module."""
+    """A tensor that torch computes for a module, and those that it computes alike from the same tensors."""
 
     module: str
     tensor: str
+    twins: tuple[_Parametrized, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,9 @@ class Materialize(Pass):
         try:
             if isinstance(site, _OwnForward):
                 site = _as_plain_layer(site, graph)
-            else:
+            elif site.tensor in computed.makers(graph.module(site.module)):  # else it was made plain with its twin
                 _require_fixed(match.subject, site, graph)
+                site = replace(site, twins=tuple(_twins(site, graph)))
         except Refused as refused:
             return refused.refusal
         return replace(match, partners=(site.module,) if site.module else (), payload=site)
@@ -87,8 +89,12 @@ class Materialize(Pass):
                 graph.perform(edit)
             graph.assign(dict(site.tensors))
             return
-        with eval_mode(graph.module(site.module)):
-            graph.perform({"op": "materialize", "path": site.module, "tensor": site.tensor})
+        for one in (site, *site.twins) if site.tensor in computed.makers(graph.module(site.module)) else ():
+            with eval_mode(graph.module(one.module)):
+                graph.perform({"op": "materialize", "path": one.module, "tensor": one.tensor})
+            if one is not site:
+                tied = {"tensor": _joined(one.module, one.tensor), "to": _joined(site.module, site.tensor)}
+                graph.perform({"op": "tie", **tied})
 
 
 def _joined(module: str, tensor: str) -> str:
@@ -96,6 +102,22 @@ def _joined(module: str, tensor: str) -> str:
 
 
 # what torch computes
+
+
+def _twins(site: _Parametrized, graph: ModelGraph) -> Iterator[_Parametrized]:
+    """Yield the tensors of other modules that have the same value, computed from the same parameters: a tied table."""
+    module = graph.module(site.module)
+    shared = computed.originals(module, site.tensor)
+    for name, other in graph.root.named_modules() if shared else ():
+        for tensor in computed.makers(other) if other is not module else ():
+            if computed.originals(other, tensor) != shared:
+                continue
+            values = []
+            for owner, attribute in ((module, site.tensor), (other, tensor)):
+                with eval_mode(owner), torch.no_grad():
+                    values.append(getattr(owner, attribute))
+            if torch.equal(*values):
+                yield _Parametrized(name, tensor)
 
 
 def _require_fixed(subject: str, site: _Parametrized, graph: ModelGraph) -> None:

@@ -3,7 +3,7 @@
 A module is a leaf if it runs the ``forward`` of a ``torch.nn`` layer unchanged, whatever its own class is called. A
 subclass that overrides ``forward`` (timm's ``Conv2dSame`` and ``BatchNormAct2d``) is read through: its calls of
 ``F.conv2d`` and ``F.batch_norm`` on its own parameters say what it does.
-So is a norm of :mod:`normfuse.layers` that is a fixed map of each channel in eval mode.
+So is a norm of :mod:`normfuse.layers` that is a fixed map of each channel in eval mode, and an L1 norm of tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 
 from normfuse import adapters
 from normfuse.layers.affine_inference import AffineInference
+from normfuse.layers.l1_layer_norm import L1TokenNorm
 
 _CONTAINERS = (
     nn.Sequential,
@@ -44,16 +45,22 @@ def base_layer(module: nn.Module) -> type[nn.Module] | None:
 
 def affine_inference(module: nn.Module | None) -> AffineInference | None:
     """Return the module if it is a fixed map in eval mode, and neither it nor a subclass has another ``forward``."""
-    if not isinstance(module, AffineInference) or "forward" in vars(module):
-        return None
-    for cls in type(module).__mro__:
-        if any(name in vars(cls) for name in _BEHAVIOUR):
-            return module if cls.__module__.startswith("normfuse.layers.") else None
-    return None
+    return module if isinstance(module, AffineInference) and _runs_our_forward(module) else None
+
+
+def l1_token_norm(module: nn.Module | None) -> L1TokenNorm | None:
+    """Return the module if it is an L1LayerNorm or L1RMSNorm, and neither it nor a subclass has another ``forward``."""
+    return module if isinstance(module, L1TokenNorm) and _runs_our_forward(module) else None
+
+
+def _runs_our_forward(module: object) -> bool:
+    """Whether the ``forward`` of a module is one of :mod:`normfuse.layers`."""
+    classes = (cls for cls in type(module).__mro__ if any(name in vars(cls) for name in _BEHAVIOUR))
+    return "forward" not in vars(module) and next(classes).__module__.startswith("normfuse.layers.")
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the readers take a call of the module as one operation."""
-    if isinstance(module, torch.jit.ScriptModule) or adapters.is_known(module):
+    if isinstance(module, torch.jit.ScriptModule) or adapters.is_known(module) or adapters.token_norm(module):
         return True
-    return base_layer(module) is not None or affine_inference(module) is not None
+    return base_layer(module) is not None or affine_inference(module) is not None or l1_token_norm(module) is not None

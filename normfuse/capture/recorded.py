@@ -100,9 +100,13 @@ class _Recorder:
             return self.model(*args, **kwargs)
 
     def kept(self) -> list[Tensor]:
-        """Return the values of the run that modules keep as attributes, where the caller may read them."""
+        """Return the values of the run that modules keep as attributes, where the caller may read them.
+
+        A parameter that was cast to the dtype it has is the value of the cast, and is not kept by the run.
+        """
         held = [tensor for module in self.model.modules() for tensor in _tensors(vars(module))]
-        return [t for t in held if t in self.node_of and self.node_of[t].op != "get_attr"]
+        values = [t for t in held if not isinstance(t, nn.Parameter)]
+        return [t for t in values if t in self.node_of and self.node_of[t].op != "get_attr"]
 
     # values to nodes
 

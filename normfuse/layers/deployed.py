@@ -81,3 +81,29 @@ class FirstArgument(nn.Module):
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         """Return what the module makes of ``x``."""
         return self.module(x)
+
+
+class ChannelClamp(nn.Module):
+    """Clamp between zero and one bound per channel: what ReLU6 becomes when the channels in front of it are scaled.
+
+    Args:
+        channels: C. The bounds are the buffer ``bound``, ``(C,)``.
+        dim: The axis of the channels.
+    """
+
+    bound: Tensor
+
+    def __init__(self, channels: int, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("bound", torch.full((channels,), 6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``min(max(x, 0), bound)``, of the shape of ``x``."""
+        shape = [1] * x.dim()
+        shape[self.dim] = -1
+        return torch.minimum(torch.relu(x), self.bound.reshape(shape))
+
+    def extra_repr(self) -> str:
+        """Show the number of channels."""
+        return f"channels={self.bound.numel()}, dim={self.dim}"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _L1BatchNorm(AffineInference, WideStatistics, nn.Module):
+class L1BatchNormBase(AffineInference, WideStatistics, nn.Module):
     """Base of the three classes, which differ in the ranks that they take."""
 
     ranks: tuple[int, ...]
@@ -181,7 +181,7 @@ class _L1BatchNorm(AffineInference, WideStatistics, nn.Module):
         return f"{text}, gaussian=True" if self.gaussian else text
 
 
-class L1BatchNorm1d(_L1BatchNorm):
+class L1BatchNorm1d(L1BatchNormBase):
     """L1 BatchNorm (arXiv 1802.09769) over ``(N, C)`` or ``(N, C, L)``.
 
     Args:
@@ -205,13 +205,13 @@ class L1BatchNorm1d(_L1BatchNorm):
     ranks = (2, 3)
 
 
-class L1BatchNorm2d(_L1BatchNorm):
+class L1BatchNorm2d(L1BatchNormBase):
     """L1 BatchNorm over ``(N, C, H, W)``; arguments as for :class:`L1BatchNorm1d`."""
 
     ranks = (4,)
 
 
-class L1BatchNorm3d(_L1BatchNorm):
+class L1BatchNorm3d(L1BatchNormBase):
     """L1 BatchNorm over ``(N, C, D, H, W)``; arguments as for :class:`L1BatchNorm1d`."""
 
     ranks = (5,)

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _L1TokenNorm(nn.Module):
-    """Base of L1LayerNorm and L1RMSNorm."""
+class L1TokenNorm(nn.Module):
+    """Base of L1LayerNorm and L1RMSNorm.
+
+    Attributes:
+        centred: Whether the mean of the token is subtracted.
+    """
 
     centred: bool
     weight: nn.Parameter | None
@@ -85,7 +89,7 @@ class _L1TokenNorm(nn.Module):
         return f"{text}, gaussian=True" if self.gaussian else text
 
 
-class L1LayerNorm(_L1TokenNorm):
+class L1LayerNorm(L1TokenNorm):
     """LayerNorm that divides by the mean absolute deviation; a reconstruction, see the module.
 
     Args:
@@ -135,13 +139,14 @@ class L1LayerNorm(_L1TokenNorm):
         return _converted(cls, norm, nn.LayerNorm, kappa, gaussian)
 
 
-class L1RMSNorm(_L1TokenNorm):
+class L1RMSNorm(L1TokenNorm):
     """RMSNorm that divides by the mean magnitude, without centring; a reconstruction, see the module.
 
     Args:
         normalized_shape: Sizes of the trailing axes.
         eps: Added to the mean magnitude.
         elementwise_affine: Whether there is a gain, ``weight``, of ``normalized_shape``.
+        bias: Whether there is a shift, ``bias``, beside the gain; torch's RMSNorm has none.
         gaussian: Multiply the mean magnitude by sqrt(pi/2), with which it estimates the root mean square of Gaussian
             values of mean 0.
         device: Of the parameters.
@@ -158,12 +163,13 @@ class L1RMSNorm(_L1TokenNorm):
         normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
+        bias: bool = False,
         *,
         gaussian: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        parameters = {"weight": elementwise_affine, "bias": False}
+        parameters = {"weight": elementwise_affine, "bias": elementwise_affine and bias}
         super().__init__(normalized_shape, eps, gaussian, parameters, device=device, dtype=dtype)
 
     @classmethod

@@ -93,7 +93,8 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.sets = sets
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        y = (x.to(mean.dtype) - mean) * inverse
+        wide = x.to(mean.dtype)
+        y = (wide - mean if sets.centred else wide) * inverse
         if weight is not None:
             y = y * weight.to(y.dtype).reshape(sets.affine)
         if bias is not None:
@@ -107,7 +108,8 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():  # this pass will be differentiated: mu and r must depend on x
             mean, s = mean_and_deviation(x, sets)
             inverse = 1 / (sets.factor * s + sets.eps)
-        grad, d = grads[0].to(mean.dtype), x.to(mean.dtype) - mean
+        grad, d = grads[0].to(mean.dtype), x.to(mean.dtype)
+        d = d - mean if sets.centred else d
         weight_grad, bias_grad = None, None
         if weight is not None:
             weight_grad = _sum_to(grad * d * inverse, weight.shape, sets).to(weight.dtype)
@@ -136,19 +138,44 @@ def channel_deviation(inputs: Iterable[Tensor], *, dim: int = 1) -> Tensor:
     Raises:
         ValueError: There is no value in ``inputs``.
     """
-    total, count = None, 0
+    found = ChannelDeviation()
     for x in inputs:
+        found.add(x, dim)
+    if found.count == 0:
+        raise ValueError("no inputs to measure the deviation on")
+    return found.value()
+
+
+class ChannelDeviation:
+    """The mean absolute and the standard deviation of each channel, batch by batch, each centred on its own mean.
+
+    Attributes:
+        count: How many values each channel had.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor, dim: int = 1) -> None:
+        """Take in a batch with its channels on axis ``dim``."""
         x = x.detach().to(torch.float64)
         axis = dim % x.dim()
-        n = x.numel() // max(1, x.shape[axis])
-        if n == 0:
-            continue
-        axes = tuple(i for i in range(x.dim()) if i != axis)
-        sums = token_sum((x - x.mean(axes, keepdim=True)).abs(), axis)
-        total, count = sums if total is None else total + sums, count + n
-    if total is None:
-        raise ValueError("no inputs to measure the deviation on")
-    return total / count
+        if x.numel():
+            d = x - x.mean(tuple(i for i in range(x.dim()) if i != axis), keepdim=True)
+            self._total = self._total + token_sum(d.abs(), axis).cpu()
+            self._squares = self._squares + token_sum(d.square(), axis).cpu()
+            self.count += x.numel() // x.shape[axis]
+
+    def value(self) -> Tensor:
+        """Return the mean absolute deviation, ``(C,)`` in float64 on the CPU; there must have been a value."""
+        return self._total / self.count
+
+    def ratio(self) -> Tensor:
+        """Return it over the standard deviation, ``(C,)``; as for a Gaussian where a channel does not deviate."""
+        sigma = (self._squares / self.count).sqrt()
+        return torch.where(sigma > 0, self.value() / torch.where(sigma > 0, sigma, 1.0), GAUSSIAN_RATIO)
 
 
 def deviation_ratio(inputs: Tensor | Iterable[Tensor], axes: int = 1, *, centred: bool = True) -> float:

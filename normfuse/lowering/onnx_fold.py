@@ -1,8 +1,9 @@
-"""Fold BatchNormalization inside an ONNX graph.
+"""Fold BatchNormalization inside an ONNX graph, and make each LayerNorm that is written out one node.
 
 The norm is a fixed map per channel, ``y = s x + c``. It moves backwards into the constants of what produces its input,
 or else forwards into those of every reader of its output, through operations that keep channels apart
 (:mod:`normfuse.lowering.onnx_graph`). Each fold opens the way for others, so the norms are tried until none moves.
+What a LayerNorm can be written as is in :mod:`normfuse.lowering.onnx_graph.layer_norm`.
 
     result = fold_onnx("model.onnx")
     print(result.report)
@@ -25,6 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass, ShapeInferencePass
 
 from normfuse.errors import LoadError, PassContractError
+from normfuse.lowering.onnx_graph import layer_norm
 from normfuse.lowering.onnx_graph.driver import PASS_NAME, fold_norms
 from normfuse.lowering.onnx_graph.plan import prune
 from normfuse.lowering.onnx_graph.values import is_standard
@@ -41,7 +43,8 @@ class OnnxFoldResult:
 
     Attributes:
         model: The folded model; weights in external files stay there until :func:`write`.
-        report: One outcome per BatchNormalization node; the subject is the node's name, or its output's if unnamed.
+        report: One outcome per BatchNormalization node, and per LayerNorm that was written out in nodes; the subject is
+            the node's name (of the last one), or its output's if unnamed.
     """
 
     model: ir.Model
@@ -56,6 +59,9 @@ class OnnxFoldResult:
 
 def fold_onnx(source: Source, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> OnnxFoldResult:
     """Fold the BatchNormalization nodes of an ONNX model into the weights around them.
+
+    A LayerNorm that is written out in small nodes becomes one LayerNormalization; see
+    :mod:`normfuse.lowering.onnx_graph.layer_norm`.
 
     Names of inputs and outputs, metadata and all other nodes stay; an initializer that other nodes read as well is
     copied for the node at hand. The arithmetic is in float64, rounded once. The source is not changed.
@@ -73,12 +79,14 @@ def fold_onnx(source: Source, *, include: Sequence[str] = (), exclude: Sequence[
     try:
         with _inferred_shapes(model):
             outcomes = fold_norms(model, tuple(include), tuple(exclude))
+            fused = layer_norm.fuse_layer_norms(model, tuple(include), tuple(exclude))
     except OSError as error:  # external weights are read when a norm needs them
         raise LoadError(f"weights outside the ONNX file cannot be read: {error}") from error
     for graph in model.graphs():
         for value in tuple(graph.initializers.values()):
             prune(value)
-    return OnnxFoldResult(model, Report(outcomes, (PASS_NAME,), _verified(model, objection)))
+    passes = (PASS_NAME, layer_norm.PASS_NAME) if fused else (PASS_NAME,)
+    return OnnxFoldResult(model, Report((*outcomes, *fused), passes, _verified(model, objection)))
 
 
 def count_ops(model: Source) -> collections.Counter[str]:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 import normfuse
 from normfuse import surgery
 from normfuse.base import Reason
+from normfuse.layers import L1LayerNorm, L1RMSNorm
 from normfuse.report import Outcome, Status
 
 IMAGE = torch.linspace(-2, 3, 2 * 4 * 8 * 8, dtype=torch.float64).reshape(2, 4, 8, 8).sin()
@@ -89,6 +90,10 @@ class Calls(nn.Module):
         (nn.LayerNorm(4, bias=False), nn.Linear(4, 3, bias=False), TOKENS),
         (nn.LayerNorm(4), nn.Linear(4, 3, bias=False), TOKENS),
         (nn.RMSNorm(4), nn.Linear(4, 3), TOKENS),
+        (L1LayerNorm(4), nn.Linear(4, 3), TOKENS),
+        (L1LayerNorm(4, bias=False, gaussian=True), nn.Linear(4, 3, bias=False), TOKENS),
+        (L1RMSNorm(4), nn.Linear(4, 3), TOKENS),
+        (L1RMSNorm(4, eps=0.3, bias=True), nn.Linear(4, 3, bias=False), TOKENS),
         (nn.GroupNorm(2, 4), nn.Conv2d(4, 6, 3, groups=2), IMAGE),
         (nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 6, 3, stride=2), IMAGE),
         (nn.InstanceNorm1d(5, affine=True), nn.Conv1d(5, 3, 2), TOKENS),
@@ -102,6 +107,7 @@ def test_gain_and_shift_move_on(norm: nn.Module, consumer: nn.Module, x: Tensor)
 def test_several_axes_into_a_flattened_layer():
     check(nn.Sequential(nn.LayerNorm([4, 8, 8]), nn.Flatten(), nn.Linear(256, 3)), IMAGE, "0")
     check(nn.Sequential(nn.RMSNorm([8, 8]), nn.Flatten(2), nn.Linear(64, 3)), IMAGE, "0")
+    check(nn.Sequential(L1LayerNorm([4, 8, 8]), nn.Flatten(), nn.Linear(256, 3)), IMAGE, "0")
 
 
 def test_every_consumer_takes_it():

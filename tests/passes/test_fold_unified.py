@@ -165,10 +165,16 @@ class Doubled(UnifiedNorm):
         return 2 * super().forward(x, padding_mask)
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_the_norm():
-    model = pair(Doubled(6))
+class Bounded(UnifiedNorm):
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, padding_mask).clamp(-1, 1)
+
+
+@pytest.mark.parametrize(("kind", "folds"), [(Doubled, True), (Bounded, False)])
+def test_a_subclass_with_a_forward_of_its_own_is_what_it_computes(kind: type[UnifiedNorm], folds: bool):
+    model = pair(kind(6))
     outcome = only(model, data(2, 3, 5))
-    assert outcome.status is not Status.APPLIED
+    assert (outcome.status is Status.APPLIED) is folds
     assert_parity(model, normfuse.fold(model, example_inputs=data(2, 3, 5)), data(2, 3, 5))
 
 

@@ -372,9 +372,21 @@ def conv_that_ignores_bias() -> nn.Module:
     return chain(IgnoresBias(4, 4, 3, bias=False), nn.BatchNorm2d(4))
 
 
-@trap(_1=Reason.FORWARD_OVERRIDDEN)
+@trap(_1=FOLDED)
 def norm_with_own_forward() -> nn.Module:
     return chain(nn.Conv2d(4, 4, 3), OwnBatchNorm(4))
+
+
+class BoundedBatchNorm(OwnBatchNorm):
+    """A BatchNorm written out by hand that does something else as well."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(-1, 1)
+
+
+@trap(_1=Reason.FORWARD_OVERRIDDEN)
+def norm_with_more_than_its_own_forward() -> nn.Module:
+    return chain(nn.Conv2d(4, 4, 3), BoundedBatchNorm(4))
 
 
 @trap(bn=Reason.BATCH_STATISTICS)
