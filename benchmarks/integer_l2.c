@@ -55,8 +55,8 @@ static inline void row_moments(const int8_t *x, int64_t size, int64_t *sum, int6
     *squares = square;
 }
 
-static inline int l2_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
-                          const norm_form *form, int integer_root) {
+static inline __attribute__((always_inline)) int l2_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
+                          const norm_form *form, int integer_root, int centred) {
     const norm_form f = *form;
     int64_t padded;
     int16_t *const gains = interleaved(gain, shift, f.size, &padded);
@@ -68,15 +68,20 @@ static inline int l2_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_
         const int64_t count = rows - first < step ? rows - first : step;
         const int8_t *in = x + first * f.size;
         int8_t *out = y + first * f.size;
-        for (int64_t i = 0; i < count; i++) row_moments(in + i * f.size, f.size, &sums[i], &squares[i]);
+        for (int64_t i = 0; i < count; i++) {
+            row_moments(in + i * f.size, f.size, &sums[i], &squares[i]);
+            if (!centred) sums[i] = 0;
+        }
         for (int64_t i = 0; i < count; i++) {
             uint64_t variance = (uint64_t)(f.size * squares[i] - sums[i] * sums[i] + f.eps);
             int64_t root = integer_root ? (int64_t)root_of(variance << 16) << 8
                                         : (int64_t)(65536.0 * sqrt((double)variance));
             settled[i] = settle(sums[i], centre_of(sums[i], f.size), f.size * root, &f);
         }
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < count; i++) {
+            if (first + step + i < rows) prefetch(in + (step + i) * f.size, f.size);
             write_row(in + i * f.size, out + i * f.size, &settled[i], gains, gains + padded, &f);
+        }
     }
     free(gains);
     return 0;
@@ -84,10 +89,15 @@ static inline int l2_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_
 
 int normfuse_l2_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
                      const norm_form *form) {
-    return l2_rows(x, y, rows, gain, shift, form, 0);
+    return l2_rows(x, y, rows, gain, shift, form, 0, 1);
 }
 
 int normfuse_l2_rows_integer_root(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
                                   const norm_form *form) {
-    return l2_rows(x, y, rows, gain, shift, form, 1);
+    return l2_rows(x, y, rows, gain, shift, form, 1, 1);
+}
+
+int normfuse_l2_rms_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
+                         const norm_form *form) {
+    return l2_rows(x, y, rows, gain, shift, form, 0, 0);
 }

@@ -1,11 +1,11 @@
-"""int8 L1 and L2 LayerNorm on one core, beside copying the same bytes, LayerNorm in float32, and compiled code.
+"""int8 L1 and L2 LayerNorm and RMSNorm on one core, beside copying the same bytes, float32, and compiled code.
 
     python benchmarks/integer_norms.py [--rounds 40] [--out benchmarks/results/integer_norms-cpu.json]
 
 Times are process CPU time of calls that take turns; ratios are those within a round: median and quartiles. The L2
 kernels (``integer_l2.c``) share blocks, output pass and compiler options with the L1 kernels and take both moments in
-one pass; one takes its root in double precision, the other bit by bit in integers. Where the processor has VNNI, the L2
-kernels use it for both moments, and are timed without it too; it does not help L1. float32 variants move four times the
+one pass; one takes its root in double precision, the other bit by bit in integers. Where the processor has VNNI, the
+kernels of both use it for their sums, and are timed without it too. float32 variants move four times the
 bytes. The kernels are compiled into a temporary folder.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -31,18 +30,22 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._environment import environment
+from benchmarks._timing import turns
 from normfuse.quantization import integer_arithmetic, native_norms
 from normfuse.quantization.integer_arithmetic import NormForm, make_form
 
 SHAPES = ((8192, 768), (1024, 1024), (64, 4096))
-BYTES_PER_ROUND = 8_000_000  # of input, so that a round takes a millisecond or more
+BYTES_PER_ROUND = 8_000_000  # of input
 RATIOS = (
     ("int8 L1", "copy"),
     ("int8 L2", "copy"),
     ("int8 L2", "int8 L1"),
     ("int8 L2, integer root", "int8 L1"),
-    ("int8 L2 without VNNI", "int8 L1"),
-    ("int8 L2, integer root, without VNNI", "int8 L1"),
+    ("int8 L2, integer root, without VNNI", "int8 L1 without VNNI"),
+    ("int8 L1 without VNNI", "copy"),
+    ("int8 L2 without VNNI", "int8 L1 without VNNI"),
+    ("int8 L1 RMS", "copy"),
+    ("int8 L2 RMS", "int8 L1 RMS"),
     ("compiled integer L1", "int8 L1"),
     ("float32 layer_norm", "int8 L1"),
     ("compiled float32 L1", "int8 L1"),
@@ -63,7 +66,9 @@ def main() -> None:
         if "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
             libraries[" without VNNI"] = built(Path(folder) / "plain", "-mno-avx512vnni")
         for shape in SHAPES:
-            times = measured(variants(libraries, *shape), shape, options.rounds)
+            calls = {name: repeated(call, shape) for name, call in variants(libraries, *shape).items()}
+            rounds = turns(calls, rounds=options.rounds, warmup=4, clock=time.process_time, shuffled=True)
+            times = {name: [value / repeats(shape) for value in values] for name, values in rounds.items()}
             result["shapes"]["x".join(map(str, shape))] = summary(times)
             print(f"{shape[0]} x {shape[1]}, load {os.getloadavg()[0]:.1f}")
             for name, (low, median, high) in result["shapes"]["x".join(map(str, shape))]["ratios"].items():
@@ -113,11 +118,16 @@ def integer_variants(
     l2 = functools.partial(library.rows, "normfuse_l2_rows", x, gain, shift, form_l2)
     integer_root = functools.partial(library.rows, "normfuse_l2_rows_integer_root", x, gain, shift, form_l2)
     assert torch.equal(l1(), integer_arithmetic.l1_rows(x, gain, shift, form))
+    l1_rms = functools.partial(library.l1_rows, x, gain, shift, form, centred=False)
+    l2_rms = functools.partial(library.rows, "normfuse_l2_rms_rows", x, gain, shift, form_l2)
+    assert torch.equal(l1_rms(), integer_arithmetic.l1_rows(x, gain, shift, form, centred=False))
     exact = torch.nn.functional.layer_norm(x.double(), [size], eps=1e-3) * GAIN
-    for call in (l2, integer_root):
-        assert float((call() - exact.clamp(-STEPS, STEPS)).abs().max()) < 1
+    exact_rms = torch.nn.functional.rms_norm(x.double(), [size], eps=1e-3) * GAIN
+    for call, wanted in ((l2, exact), (integer_root, exact), (l2_rms, exact_rms)):
+        assert float((call() - wanted.clamp(-STEPS, STEPS)).abs().max()) < 1
     root = f"int8 L2, integer root,{suffix}" if suffix else "int8 L2, integer root"
-    return {**({} if suffix else {"int8 L1": l1}), f"int8 L2{suffix}": l2, root: integer_root}
+    both: dict[str, Callable[[], object]] = {f"int8 L1{suffix}": l1, f"int8 L2{suffix}": l2, root: integer_root}
+    return both if suffix else {**both, "int8 L1 RMS": l1_rms, "int8 L2 RMS": l2_rms}
 
 
 def compiled_integer_l1(form: NormForm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -156,22 +166,19 @@ def float_l1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return d / (d.abs().mean(1, keepdim=True) + 1e-5) * weight + bias
 
 
-def measured(
-    calls: dict[str, Callable[[], object]], shape: tuple[int, int], rounds: int, warmup: int = 4
-) -> dict[str, list[float]]:
-    """Return the CPU seconds of one call of each, round by round, in an order that is drawn anew.
+def repeated(call: Callable[[], object], shape: tuple[int, int]) -> Callable[[], None]:
+    """Return what makes the calls of a round."""
 
-    A rotating order would keep each variant behind the same other one, whose traces in caches and clock it would bear.
-    """
-    names, repeats = list(calls), max(1, BYTES_PER_ROUND // (shape[0] * shape[1]))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(warmup + rounds):
-        for name in random.Random(number).sample(names, len(names)):
-            call, before = calls[name], time.process_time_ns()
-            for _ in range(repeats):
-                call()
-            times[name].append((time.process_time_ns() - before) / 1e9 / repeats)
-    return {name: values[warmup:] for name, values in times.items()}
+    def run() -> None:
+        for _ in range(repeats(shape)):
+            call()
+
+    return run
+
+
+def repeats(shape: tuple[int, int]) -> int:
+    """Return how many calls take a millisecond or more."""
+    return max(1, BYTES_PER_ROUND // (shape[0] * shape[1]))
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -180,7 +187,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the JSON-ready quartiles of the times and of the ratios."""
+    """Return the JSON-ready quartiles of the times of a call and of the ratios."""
     ratios = {
         f"{one} / {other}": quartiles([a / b for a, b in zip(times[one], times[other], strict=True)])
         for one, other in RATIOS

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from normfuse import norms
 from normfuse.calibration import Batch, Enough
-from normfuse.layers.affine_inference import AffineInference
 from normfuse.outputs import arguments, flatten
 
 
@@ -69,8 +68,8 @@ def find_blocks(original: nn.Module, swapped: nn.Module, globs: Sequence[str] | 
     Raises:
         ValueError: No norm was swapped, or no module has such a name.
     """
-    kept = {name for name, module in original.named_modules() if isinstance(module, AffineInference)}
-    new = [n for n, m in swapped.named_modules() if isinstance(m, AffineInference) and n not in kept]
+    before = {name: type(module) for name, module in original.named_modules()}
+    new = [n for n, m in swapped.named_modules() if norms.is_norm(m) and type(m) is not before.get(n)]
     if not new:
         raise ValueError("no norm of this model was swapped: normfuse.swap_norms does that")
     names = [name for name, _ in swapped.named_modules() if name]

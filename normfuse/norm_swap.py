@@ -1,5 +1,7 @@
 """What the passes have in common that replace LayerNorm and RMSNorm by another norm, fitted to data.
 
+A new norm is ``y = gamma z + beta`` with z what it makes of x; gamma and beta are chosen by the moments of z and y.
+
 The data runs through the model once, and the moments of every norm are taken together (``order="parallel"``). Or norm
 by norm (``"sequential"``): each is fitted to what the original norm writes, on what it will read behind the norms that
 were swapped before it; the cost is two partial runs over the data for each norm.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Swap:
+class Swap:
     """What ``apply`` does at one norm."""
 
     path: str
@@ -58,6 +60,8 @@ class NormSwap(Pass):
     """
 
     exactness = Exactness.APPROXIMATE
+    family: ClassVar[str] = "a fixed map"
+    """What the new norms are, in a sentence on how well they fit."""
 
     def __init__(
         self,
@@ -88,29 +92,35 @@ class NormSwap(Pass):
             Refused: The new norm cannot take the place of such a one.
         """
 
+    def normalised(self, form: Form, x: Tensor) -> Tensor:
+        """Return z, what the new norm makes of tokens ``(n, size)`` before its gain and shift; x itself by default."""
+        return x
+
+    def further_listeners(self, graph: ModelGraph) -> dict[nn.Module, Listener]:
+        """Return what else listens while the data runs through the unchanged model."""
+        return {}
+
     def detect(self, graph: ModelGraph) -> Iterator[Match]:
         """Yield every norm of a token that the captured run reached, and every call of a function that is one."""
-        for norm in _token_norms(graph):
+        for norm in token_norms(graph):
             yield Match(norm.name, norm.layer, payload=norm)
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
         """Look at the data, and work out the new norm."""
         norm: Norm = match.payload
         try:
-            if norm.module is None:
-                text = f"{norm.name} is a call of {norm.layer} inside a forward, not a layer"
-                raise Refused(Reason.UNSUPPORTED_LAYER, text, "make it a layer of its own")
-            require_no_hooks(norm.module, graph)
-            form, moments = self._observed(norm.module, graph)
+            module = layer_of(norm)
+            require_no_hooks(module, graph)
+            form, moments = self._observed(module, graph)
             spec, tensors = self.replacement(form, moments)
         except Refused as refused:
             return refused.refusal
         self.unexplained[norm.name] = moments.unexplained()
-        return replace(match, payload=_Swap(norm.module, spec, tensors))
+        return replace(match, payload=Swap(module, spec, tensors))
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Put the new norm in the place of the old one."""
-        swap: _Swap = match.payload
+        swap: Swap = match.payload
         old = graph.module(swap.path)
         frozen = [not parameter.requires_grad for parameter in old.parameters()]
         for path in _fused_owners(old, graph):
@@ -122,9 +132,13 @@ class NormSwap(Pass):
 
     # what the data shows
 
-    def _observed(self, name: str, graph: ModelGraph) -> tuple[Form, Moments]:
+    def observe(self, graph: ModelGraph) -> None:
+        """Take the moments of every norm of the unchanged model, in one pass over the data; once for each model."""
         if graph is not self._graph:
             self._start(graph)
+
+    def _observed(self, name: str, graph: ModelGraph) -> tuple[Form, Moments]:
+        self.observe(graph)
         seen = self._seen[name]
         if seen.form is not None and seen.refused is None and self.order == "sequential":
             self._seen[name] = seen = self._behind_the_swapped(name, seen.form, graph)
@@ -137,14 +151,13 @@ class NormSwap(Pass):
         return seen.form, seen.moments
 
     def _start(self, graph: ModelGraph) -> None:
-        """Take the moments of every norm of the unchanged model in one pass over the data."""
         self._graph, self._seen = graph, {}
-        listeners: dict[nn.Module, Listener] = {}
-        for norm in _token_norms(graph):
+        listeners = self.further_listeners(graph)
+        for norm in token_norms(graph):
             if norm.module is not None:
                 seen = self._seen[norm.module] = Observation()
                 module = graph.module(norm.module)
-                listeners[module] = _listener(norm.module, module, seen)
+                listeners[module] = self._listener(norm.module, module, seen)
         batches = Batches(self.calibration, graph.root, self.padding_mask)
         if self.order == "parallel":
             listen(graph.root, listeners, self.track(batches))
@@ -164,32 +177,45 @@ class NormSwap(Pass):
             for (read, _), (_, written) in zip(reads, writes, strict=True):
                 x, y = (as_tokens(values, form.dim, batch.padding) for values in (read, written))
                 if seen.moments is not None:
-                    seen.moments.add(x, y)
+                    seen.moments.add(self.normalised(form, x), y)
         return seen
 
+    def _listener(self, name: str, module: nn.Module, seen: Observation) -> Listener:
+        """Return what recognises a norm at its first call and adds every call to its moments."""
 
-def _token_norms(graph: ModelGraph) -> Iterator[Norm]:
+        def listener(x: Tensor, y: Tensor, padding: Tensor | None) -> None:
+            try:
+                if seen.form is None or seen.moments is None:
+                    seen.form = recognise(name, module, x, y)
+                    seen.moments = Moments(seen.form.size)
+                dim = seen.form.dim
+                read = self.normalised(seen.form, as_tokens(x, dim, padding))
+                seen.moments.add(read, as_tokens(y, dim, padding))
+            except Refused as refused:
+                seen.refused = refused
+
+        return listener
+
+
+def layer_of(norm: Norm) -> str:
+    """Return the name of the module that a norm is.
+
+    Raises:
+        Refused: It is a call of a function.
+    """
+    if norm.module is None:
+        text = f"{norm.name} is a call of {norm.layer} inside a forward, not a layer"
+        raise Refused(Reason.UNSUPPORTED_LAYER, text, "make it a layer of its own")
+    return norm.module
+
+
+def token_norms(graph: ModelGraph) -> Iterator[Norm]:
+    """Yield the norms of tokens that the captured run reached: layers that may be such, and calls of functions."""
     for norm in norms.find_norms(graph):
         module = graph.module(norm.module) if norm.module is not None else None
         called = norm.layer in ("layer_norm", "rms_norm") if module is None else may_be_token_norm(module)
         if norm.nodes and called:
             yield norm
-
-
-def _listener(name: str, module: nn.Module, seen: Observation) -> Listener:
-    """Return what recognises a norm at its first call and adds every call to its moments."""
-
-    def listener(x: Tensor, y: Tensor, padding: Tensor | None) -> None:
-        try:
-            if seen.form is None or seen.moments is None:
-                seen.form = recognise(name, module, x, y)
-                seen.moments = Moments(seen.form.size)
-            dim = seen.form.dim
-            seen.moments.add(as_tokens(x, dim, padding), as_tokens(y, dim, padding))
-        except Refused as refused:
-            seen.refused = refused
-
-    return listener
 
 
 def _first_calls(model: nn.Module, norm: nn.Module, batch: Batch, count: int) -> list[tuple[Tensor, Tensor]]:

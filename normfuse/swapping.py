@@ -1,4 +1,4 @@
-"""Swap the token norms of a model for norms that fold."""
+"""Swap the norms of a model for norms that fold, or that run in integers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from normfuse.progress import tracked
 from normfuse.reconstruction import reconstruct as fit_blocks
 
 M = TypeVar("M", bound=nn.Module)
-Target = Literal["unified"]
-TARGETS: dict[str, str] = {"unified": "swap-unified"}
+Target = Literal["unified", "l1"]
+TARGETS: dict[str, str] = {"unified": "swap-unified", "l1": "swap-l1"}
 """The pass behind each value of ``to``: a :class:`normfuse.norm_swap.NormSwap`."""
 
 
@@ -32,23 +32,28 @@ def swap_norms(
     exclude: Sequence[str] = (),
     inplace: bool = False,
     reconstruct: int | Mapping[str, Any] | None = None,
-    order: Order = "parallel",
+    order: Order | None = None,
     padding_mask: PaddingMask | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> M:
-    """Return the model with each LayerNorm and RMSNorm replaced by a norm that folds, fitted to data.
+    """Return the model with its norms replaced by norms of another kind, fitted to data.
 
-    The result is *not* the same function. Each new norm is the best fixed map per channel of what the old one computed
-    on the data; ``reconstruct``, or fine-tuning with labels, wins back most of the rest. Then :func:`normfuse.fold`.
-    Layers of any class are found by their attributes and checked against the formulas of LayerNorm and RMSNorm on the
-    data. A layer that is called at several places stays one layer, fitted to all calls. For the report, run
-    ``normfuse.apply(model, [SwapUnified(data)], example_inputs=...)`` (:mod:`normfuse.passes.swap_unified`).
+    The result is *not* the same function. To ``"unified"``: each LayerNorm and RMSNorm becomes the best fixed map per
+    channel of what it computed on the data, which :func:`normfuse.fold` takes into weights. To ``"l1"``: they divide by
+    the mean absolute deviation, gain and shift fitted to the data, and so does each BatchNorm, which stays the same
+    function in eval mode. ``reconstruct``, or fine-tuning with labels, wins back most of the rest.
+
+    LayerNorm and RMSNorm of any class are found by their attributes and checked against their formulas on the data. A
+    layer that is called at several places stays one layer, fitted to all calls. For the report, run the pass:
+    ``normfuse.apply(model, [SwapUnified(data)], example_inputs=...)`` (:mod:`normfuse.passes.swap_unified`), or
+    ``SwapL1`` (:mod:`normfuse.passes.swap_l1`).
 
     Args:
         model: Any module; it is not changed unless ``inplace``.
-        to: The norm: ``"unified"`` for :class:`normfuse.layers.UnifiedNorm` (arXiv 2208.01313).
+        to: The norm: ``"unified"`` for :class:`normfuse.layers.UnifiedNorm` (arXiv 2208.01313), ``"l1"`` for
+            :class:`normfuse.layers.L1LayerNorm`, ``L1RMSNorm`` and ``L1BatchNorm`` (arXiv 1802.09769, 2411.10948).
         calibration: A DataLoader, or any iterable that can be read more than once. Each item is what the model is
             called on: a tensor, a tuple of positional arguments or a mapping of keyword arguments; of a *list*, which
             a DataLoader makes of ``(input, label)`` pairs, the first element. Some hundred samples do.
@@ -57,15 +62,17 @@ def swap_norms(
         inplace: Edit ``model`` itself.
         reconstruct: Steps of :func:`normfuse.reconstruct` per block, or a mapping of its arguments. None: no fit.
         order: ``"parallel"`` fits every norm to the unchanged network, in one pass over the data; ``"sequential"``
-            each behind those that are swapped already, in two partial passes for each norm.
+            each behind those that are swapped already, in two partial passes for each norm. By default what suits the
+            norm: ``"parallel"`` for ``"unified"``, ``"sequential"`` for ``"l1"``.
         padding_mask: Returns for an item of the data a bool tensor ``(B, T)``, True at padding. By default the
             ``attention_mask`` of a mapping is read. Padding is in no moment.
-        options: Further arguments of the new norms, such as ``{"warmup_steps": 100}``.
+        options: Further arguments of the new norms, such as ``{"warmup_steps": 100}``; ``eps`` and ``gaussian`` of L1
+            norms.
         seed: Of the order of data, where a loader or the reconstruction shuffles.
         progress: Show a bar, if standard error is a terminal.
 
     Returns:
-        A model of the same class in eval mode, which may train. The step count of each new norm is 0, as
+        A model of the same class in eval mode, which may train. The step count of each new UnifiedNorm is 0, as
         :meth:`normfuse.layers.UnifiedNorm.reset_step` would set it.
 
     Raises:
@@ -91,7 +98,8 @@ def swap_pass(
     """Return the pass of a target; arguments and errors as for :func:`swap_norms`."""
     if to not in TARGETS:
         raise ValueError(f"norms are swapped to {', '.join(TARGETS)}, not to {to!r}")
-    one = PASSES[TARGETS[to]](calibration, **arguments)  # type: ignore[call-arg]
+    given = {name: value for name, value in arguments.items() if value is not None}
+    one = PASSES[TARGETS[to]](calibration, **given)  # type: ignore[call-arg]
     assert isinstance(one, NormSwap)
     one.track = lambda batches: tracked(batches, what, shown=progress)
     return one

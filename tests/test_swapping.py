@@ -120,7 +120,7 @@ def test_without_data():
 def test_wrong_arguments(name: str, value: str):
     with pytest.raises(ValueError, match=f"{name} is one of"):
         SwapUnified([images()], **{name: value})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="swapped to unified, not to 'batch'"):
+    with pytest.raises(ValueError, match="swapped to unified, l1, not to 'batch'"):
         normfuse.swap_norms(built(ViT), "batch", [images()])  # type: ignore[arg-type]
 
 

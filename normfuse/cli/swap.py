@@ -1,4 +1,4 @@
-"""``normfuse swap``: LayerNorm and RMSNorm into norms that fold, fitted to data; a model file that loads again."""
+"""``normfuse swap``: norms into norms that fold, or run in integers, fitted to data; a file that loads again."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ DATA = click.Path(exists=True, path_type=Path)
 SAMPLES = click.IntRange(min=1)
 
 calibration_options = arguments.options(
-    click.option("--to", type=click.Choice(["unified"]), required=True, help="The norm to swap to."),
+    click.option("--to", type=click.Choice(["unified", "l1"]), required=True, help="The norm to swap to."),
     click.option("--calib", type=DATA, required=True, help="Data: .npz, .npy, .pt, or a folder of images."),
     click.option("--batch-size", type=SAMPLES, default=32, show_default=True, help="Samples in a batch."),
     click.option("--max-samples", type=SAMPLES, default=512, show_default=True, help="Samples to take from the data."),
     click.option(
         "--order",
         type=click.Choice(["parallel", "sequential"]),
-        default="parallel",
-        show_default=True,
-        help="Fit all norms at once, or each behind those before it.",
+        help="Fit all norms at once, or, as l1 does by default, each behind those before it.",
     ),
 )
 reconstruction_options = arguments.options(
@@ -72,10 +70,11 @@ def command(
     max_samples: int,
     **options: Any,
 ) -> None:
-    """Swap every LayerNorm and RMSNorm of MODEL for a norm that folds, and write a model file that loads again.
+    """Swap the norms of MODEL for norms of another kind, and write a model file that loads again.
 
-    The result is not the same function: it is fitted to the data, and should be fine-tuned. Writes MODEL.swapped.pt
-    unless -o is given; normfuse fold takes it.
+    unified: LayerNorm and RMSNorm become norms that fold. l1: they, and BatchNorm, become norms without squares and
+    roots, which run in integers. The result is not the same function: it is fitted to the data, and should be
+    fine-tuned. Writes MODEL.swapped.pt unless -o is given; normfuse fold takes it.
     """
     target = results.destination(
         output, default_path(request, ".swapped.pt"), force=out.force, extensions=(".pt", ".pth", ".safetensors")
@@ -134,7 +133,7 @@ def _show(result: Result[Any], one: NormSwap, out: Output) -> None:
     out.field("swapped", f"{len(swapped)} of {len(report.norms)} norms")
     if one.unexplained:
         mean = sum(one.unexplained.values()) / len(one.unexplained)
-        out.field("fit", f"a fixed map leaves {mean:.1%} of the variance of a norm's output, {_worst(one)}")
+        out.field("fit", f"{one.family} leaves {mean:.1%} of the variance of a norm's output, {_worst(one)}")
     left = [o for o in report.norms if o.status.name != "APPLIED"]
     if left:
         out.rows([(f"    {status}", what, why) for status, what, why in (o.line() for o in left)])

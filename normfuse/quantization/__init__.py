@@ -5,7 +5,8 @@ And L1 norms on integers: int8 in, int8 out.
 
 from __future__ import annotations
 
-from normfuse.quantization.integer_norms import IntegerL1BatchNorm, IntegerL1LayerNorm
+from normfuse.quantization.integer_batch_norm import IntegerL1BatchNorm
+from normfuse.quantization.integer_token_norm import IntegerL1LayerNorm, IntegerL1RMSNorm
 from normfuse.quantization.matmul import Prepared, shiftquant_matmul
 from normfuse.quantization.modules import ShiftQuantConv1d, ShiftQuantConv2d, ShiftQuantLinear
 from normfuse.quantization.native_norms import build_kernels
@@ -15,6 +16,7 @@ from normfuse.quantization.shiftquant import Quantized, ShiftQuant
 __all__ = [
     "IntegerL1BatchNorm",
     "IntegerL1LayerNorm",
+    "IntegerL1RMSNorm",
     "Precision",
     "Prepared",
     "Quantized",

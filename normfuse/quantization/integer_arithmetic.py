@@ -15,7 +15,9 @@ I = 2^30 / m, rounded. All divisions and shifts to the right are floors; ``mulhr
                                                       z = mulhrs(clip(x - c, 2^(15 - F) - 1) 2^F, R) - M
     y = clip((mulhrs(z, gain) + shift) >> o, limit),   z and the sum before the shift clipped to 16 bits
 
-so an element needs 16 bits, sums need 32, and only the few numbers of a row need 64; one division per statistic. Wide
+L1 RMSNorm does not centre: its S is 0, so that D = m sum |x|, and c, e and M are 0.
+
+So an element needs 16 bits, sums need 32, and only the few numbers of a row need 64; one division per statistic. Wide
 rows are those of ordinary size; narrow rows deviate so little from their mean that a step of the input is many steps of
 z. A reconstruction: the fully quantized layers of arXiv 2411.10948 are known by its abstract only.
 """
@@ -83,20 +85,21 @@ def make_form(size: int, factor: float, eps: float, fraction: int, output: int, 
     return NormForm(size, round(factor * 2**16), scaled, size * size << bits, bits, inverse, fraction, output, limit)
 
 
-def l1_rows(x: Tensor, gain: Tensor, shift: Tensor, form: NormForm) -> Tensor:
-    """Return the L1 LayerNorm of each row.
+def l1_rows(x: Tensor, gain: Tensor, shift: Tensor, form: NormForm, *, centred: bool = True) -> Tensor:
+    """Return the L1 LayerNorm of each row, or its L1 RMSNorm.
 
     Args:
         x: int8 ``(rows, m)``.
         gain: int16 ``(m,)``.
         shift: int16 ``(m,)``, with half an output added for rounding.
         form: The constants.
+        centred: Whether the mean is subtracted, as LayerNorm does.
 
     Returns:
         int8 ``(rows, m)``.
     """
     wide = x.to(torch.int64)
-    total = wide.sum(1, keepdim=True)
+    total = wide.sum(1, keepdim=True) if centred else wide.new_zeros(len(x), 1)
     deviation = (form.size * wide - total).abs().sum(1, keepdim=True)
     return write_rows(x, settle(total, form.factor * deviation + form.eps, form), gain, shift, form)
 

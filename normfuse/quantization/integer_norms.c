@@ -1,8 +1,9 @@
-/* Norms of int8 rows in integers: the fast path of normfuse.quantization.integer_norms, whose reference defines every
- * result bit for bit. Compiled for one processor: 64 bytes a step with AVX-512BW, 32 with AVX2, else plain C.
+/* Norms of int8 rows in integers: the fast path of what normfuse.quantization.integer_arithmetic defines bit for bit.
+ * Compiled for one processor: 64 bytes a step with AVX-512BW, and its VNNI where it has that; 32 with AVX2; else plain C.
  *
  * Rows go in blocks that stay in the first-level cache: sums of all of a block, then deviations, then outputs, so that
- * the few scalar steps of a row overlap with those of the next. With c the integer next to the mean and e = S - m c,
+ * the few scalar steps of a row overlap with those of the next; while outputs are written, the next block is fetched.
+ * With c the integer next to the mean and e = S - m c,
  * the deviation is linear between integers, so two sums of absolute differences of bytes (SAD) give it exactly:
  *
  *     sum |m x - S| = m A(c) + |e| (A(c + sgn e) - A(c)),   A(k) = sum |x - k|
@@ -113,9 +114,11 @@ static inline int8_t output_of(int32_t x, const row_form *row, int32_t gain, int
 }
 
 #if WIDTH > 1
-/* Unpacking a zero below each byte gives x << 8 in 16 bits, its pairs of halves interleaved as packing wants them. */
-static inline vec outputs_of(vec x, const row_form *row, const int16_t *gain, const int16_t *shift, int64_t down,
-                             vec limit) {
+/* Unpacking a zero below each byte gives x << 8 in 16 bits, its pairs of halves interleaved as packing wants them.
+ * Packing saturates, so that an upper limit of 127 needs no further step. */
+static inline __attribute__((always_inline)) vec outputs_of(vec x, const row_form *row, const int16_t *gain,
+                                                            const int16_t *shift, const norm_form *f, int wide,
+                                                            int full) {
     vec half[2] = {V(unpacklo_epi8)(V_ZERO, x), V(unpackhi_epi8)(V_ZERO, x)};
     const vec scale = V(set1_epi16)((short)row->scale), offset = V(set1_epi16)((short)row->offset);
     const vec centre = V(set1_epi16)((short)row->centre), clip = V(set1_epi16)((short)row->clip);
@@ -123,53 +126,85 @@ static inline vec outputs_of(vec x, const row_form *row, const int16_t *gain, co
     const __m128i up = _mm_cvtsi32_si128(row->shift);
     for (int i = 0; i < 2; i++) {
         vec w = half[i];
-        if (!row->wide) {
+        if (!wide) {
             w = V(sub_epi16)(V(srai_epi16)(w, 8), centre);
             w = V(sll_epi16)(V(max_epi16)(V(min_epi16)(w, clip), negative), up);
         }
         vec z = V(subs_epi16)(V(mulhrs_epi16)(w, scale), offset);
         vec y = V(mulhrs_epi16)(z, V_LOAD(gain + i * (WIDTH / 2)));
-        half[i] = V_DOWN(V(adds_epi16)(y, V_LOAD(shift + i * (WIDTH / 2))), down);
+        half[i] = V_DOWN(V(adds_epi16)(y, V_LOAD(shift + i * (WIDTH / 2))), f->output);
     }
-    vec y = V(packs_epi16)(half[0], half[1]);
-    return V(max_epi8)(V(min_epi8)(y, limit), V(sub_epi8)(V_ZERO, limit));
+    vec y = V(max_epi8)(V(packs_epi16)(half[0], half[1]), V(set1_epi8)((char)-f->limit));
+    return full ? y : V(min_epi8)(y, V(set1_epi8)((char)f->limit));
 }
-#endif
 
-/* gain, shift: of interleaved(). */
-static inline void write_row(const int8_t *x, int8_t *y, const row_form *row, const int16_t *gain,
-                             const int16_t *shift, const norm_form *f) {
-    int64_t i = 0;
-#if WIDTH > 1
-    const int64_t down = f->output;
-    const vec limit = V(set1_epi8)((char)f->limit);
+static inline __attribute__((always_inline)) void write_vectors(const int8_t *x, int8_t *y, const row_form *row,
+                                                                const int16_t *gain, const int16_t *shift,
+                                                                const norm_form *f, int wide, int full) {
     const row_form fixed = *row;
-    if (fixed.wide) { /* twice, so that the compiler sees a loop without the other case */
-        for (; i + WIDTH <= f->size; i += WIDTH)
-            V_STORE(y + i, outputs_of(V_LOAD(x + i), &fixed, gain + i, shift + i, down, limit));
-    } else {
-        for (; i + WIDTH <= f->size; i += WIDTH)
-            V_STORE(y + i, outputs_of(V_LOAD(x + i), &fixed, gain + i, shift + i, down, limit));
-    }
+    int64_t i = 0;
+    for (; i + WIDTH <= f->size; i += WIDTH)
+        V_STORE(y + i, outputs_of(V_LOAD(x + i), &fixed, gain + i, shift + i, f, wide, full));
     if (i < f->size) {
         int8_t in[WIDTH] = {0}, out[WIDTH];
         memcpy(in, x + i, (size_t)(f->size - i));
-        V_STORE(out, outputs_of(V_LOAD(in), &fixed, gain + i, shift + i, down, limit));
+        V_STORE(out, outputs_of(V_LOAD(in), &fixed, gain + i, shift + i, f, wide, full));
         memcpy(y + i, out, (size_t)(f->size - i));
     }
+}
+#endif
+
+/* gain, shift: of interleaved(). Each case by itself, so that its loop holds nothing of the others. */
+static inline void write_row(const int8_t *x, int8_t *y, const row_form *row, const int16_t *gain,
+                             const int16_t *shift, const norm_form *f) {
+#if WIDTH > 1
+    const int full = f->limit == 127;
+    if (row->wide && full) write_vectors(x, y, row, gain, shift, f, 1, 1);
+    else if (row->wide) write_vectors(x, y, row, gain, shift, f, 1, 0);
+    else if (full) write_vectors(x, y, row, gain, shift, f, 0, 1);
+    else write_vectors(x, y, row, gain, shift, f, 0, 0);
 #else
-    for (; i < f->size; i++) y[i] = output_of(x[i], row, gain[i], shift[i], f);
+    for (int64_t i = 0; i < f->size; i++) y[i] = output_of(x[i], row, gain[i], shift[i], f);
 #endif
 }
+
+#if WIDTH == 64 && defined(__AVX512VNNI__)
+#define BYTES_ADD(sums, v) _mm512_dpbusd_epi32(sums, V(set1_epi8)(1), v) /* signed bytes, four to a sum */
+#define BYTES_ADD_UNSIGNED(sums, v) _mm512_dpbusd_epi32(sums, v, V(set1_epi8)(1))
+#define ADD_SUMS(a, b) V(add_epi32)(a, b)
+#define SUM_OF(sums) ((int64_t)_mm512_reduce_add_epi32(sums))
+#define SIGNED_BIAS 0
+#elif WIDTH > 1
+#define BYTES_ADD(sums, v) V(add_epi64)(sums, V(sad_epu8)(V_XOR(v, V(set1_epi8)((char)-128)), V_ZERO))
+#define BYTES_ADD_UNSIGNED(sums, v) V(add_epi64)(sums, V(sad_epu8)(v, V_ZERO))
+#define ADD_SUMS(a, b) V(add_epi64)(a, b)
+#define SUM_OF(sums) sum_of_quads(sums)
+#define SIGNED_BIAS 128
+#endif
 
 static inline int64_t row_sum(const int8_t *x, int64_t size) {
     int64_t i = 0, total = 0;
 #if WIDTH > 1
-    vec high = V(set1_epi8)((char)-128), a = V_ZERO;
-    for (; i + WIDTH <= size; i += WIDTH) a = V(add_epi64)(a, V(sad_epu8)(V_XOR(V_LOAD(x + i), high), V_ZERO));
-    total = sum_of_quads(a) - 128 * i;
+    vec sums[4] = {V_ZERO, V_ZERO, V_ZERO, V_ZERO}; /* one alone would wait for itself */
+    for (; i + 4 * WIDTH <= size; i += 4 * WIDTH)
+        for (int k = 0; k < 4; k++) sums[k] = BYTES_ADD(sums[k], V_LOAD(x + i + k * WIDTH));
+    for (; i + WIDTH <= size; i += WIDTH) sums[0] = BYTES_ADD(sums[0], V_LOAD(x + i));
+    total = SUM_OF(ADD_SUMS(ADD_SUMS(sums[0], sums[1]), ADD_SUMS(sums[2], sums[3]))) - SIGNED_BIAS * i;
 #endif
     for (; i < size; i++) total += x[i];
+    return total;
+}
+
+static inline int64_t row_magnitude(const int8_t *x, int64_t size) {
+    int64_t i = 0, total = 0;
+#if WIDTH > 1
+    vec sums[4] = {V_ZERO, V_ZERO, V_ZERO, V_ZERO};
+    for (; i + 4 * WIDTH <= size; i += 4 * WIDTH)
+        for (int k = 0; k < 4; k++) sums[k] = BYTES_ADD_UNSIGNED(sums[k], V(abs_epi8)(V_LOAD(x + i + k * WIDTH)));
+    for (; i + WIDTH <= size; i += WIDTH) sums[0] = BYTES_ADD_UNSIGNED(sums[0], V(abs_epi8)(V_LOAD(x + i)));
+    total = SUM_OF(ADD_SUMS(ADD_SUMS(sums[0], sums[1]), ADD_SUMS(sums[2], sums[3])));
+#endif
+    for (; i < size; i++) total += x[i] < 0 ? -x[i] : x[i];
     return total;
 }
 
@@ -186,8 +221,9 @@ static inline int64_t row_deviation(const int8_t *x, int64_t size, int64_t sum, 
         a = V(add_epi64)(a, V(sad_epu8)(v, c));
         b = V(add_epi64)(b, V(sad_epu8)(v, n));
     }
-    at_centre = sum_of_quads(a);
-    at_next = sum_of_quads(b);
+    const uint64_t both = (uint64_t)sum_of_quads(V(add_epi64)(a, V(slli_epi64)(b, 32))); /* each below 2^32 */
+    at_centre = (int64_t)(both & 0xffffffff);
+    at_next = (int64_t)(both >> 32);
 #endif
     for (; i < size; i++) {
         at_centre += x[i] < centre ? centre - x[i] : x[i] - centre;
@@ -201,11 +237,12 @@ static int16_t *interleaved(const int16_t *gain, const int16_t *shift, int64_t s
     const int64_t width = WIDTH > 1 ? WIDTH : 16;
     *padded = (size + width - 1) / width * width;
     int16_t *made = calloc((size_t)*padded, 2 * sizeof(int16_t));
-    for (int64_t i = 0; made && i < size; i++) {
+    for (int64_t i = 0; made && i < size; i += 8) { /* eight at a time stay together */
         int64_t within = i % width, group = within / 16, half = within / 8 % 2;
-        int64_t at = WIDTH > 1 ? i - within + half * (width / 2) + group * 8 + i % 8 : i;
-        made[at] = gain[i];
-        made[*padded + at] = shift[i];
+        int64_t at = WIDTH > 1 ? i - within + half * (width / 2) + group * 8 : i;
+        size_t bytes = (size_t)(size - i < 8 ? size - i : 8) * sizeof(int16_t);
+        memcpy(made + at, gain + i, bytes);
+        memcpy(made + *padded + at, shift + i, bytes);
     }
     return made;
 }
@@ -215,32 +252,54 @@ static inline int64_t rows_per_block(int64_t size) {
     return rows < 1 ? 1 : rows > MOST_ROWS ? MOST_ROWS : rows;
 }
 
-/* Return 0, or 1 without memory. */
-int normfuse_l1_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
-                     const norm_form *form) {
+/* Fetch the lines of a block that the next pass reads. */
+static inline void prefetch(const int8_t *x, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
+}
+
+static inline int token_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
+                             const norm_form *form, int centred) {
     const norm_form f = *form;
     int64_t padded;
     int16_t *const gains = interleaved(gain, shift, f.size, &padded);
     if (!gains) return 1;
     const int64_t step = rows_per_block(f.size);
-    int64_t sums[MOST_ROWS], deviations[MOST_ROWS];
-    int32_t centres[MOST_ROWS];
+    int64_t sums[MOST_ROWS] = {0}, deviations[MOST_ROWS];
+    int32_t centres[MOST_ROWS] = {0};
     row_form settled[MOST_ROWS];
     for (int64_t first = 0; first < rows; first += step) {
         const int64_t count = rows - first < step ? rows - first : step;
         const int8_t *in = x + first * f.size;
         int8_t *out = y + first * f.size;
-        for (int64_t i = 0; i < count; i++) sums[i] = row_sum(in + i * f.size, f.size);
-        for (int64_t i = 0; i < count; i++) centres[i] = centre_of(sums[i], f.size);
-        for (int64_t i = 0; i < count; i++)
-            deviations[i] = row_deviation(in + i * f.size, f.size, sums[i], centres[i]);
+        if (centred) {
+            for (int64_t i = 0; i < count; i++) sums[i] = row_sum(in + i * f.size, f.size);
+            for (int64_t i = 0; i < count; i++) centres[i] = centre_of(sums[i], f.size);
+            for (int64_t i = 0; i < count; i++)
+                deviations[i] = row_deviation(in + i * f.size, f.size, sums[i], centres[i]);
+        } else {
+            for (int64_t i = 0; i < count; i++) deviations[i] = f.size * row_magnitude(in + i * f.size, f.size);
+        }
         for (int64_t i = 0; i < count; i++)
             settled[i] = settle(sums[i], centres[i], f.factor * deviations[i] + f.eps, &f);
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < count; i++) {
+            if (first + step + i < rows) prefetch(in + (step + i) * f.size, f.size);
             write_row(in + i * f.size, out + i * f.size, &settled[i], gains, gains + padded, &f);
+        }
     }
     free(gains);
     return 0;
+}
+
+/* L1 LayerNorm. Return 0, or 1 without memory. */
+int normfuse_l1_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
+                     const norm_form *form) {
+    return token_rows(x, y, rows, gain, shift, form, 1);
+}
+
+/* L1 RMSNorm: S = 0, and the deviation is m sum |x|. */
+int normfuse_l1_rms_rows(const int8_t *x, int8_t *y, int64_t rows, const int16_t *gain, const int16_t *shift,
+                         const norm_form *form) {
+    return token_rows(x, y, rows, gain, shift, form, 0);
 }
 
 /* y = clip((x multiplier + addend) >> down), each channel a run of `inner` values, in int32. */

@@ -19,8 +19,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ from normfuse.quantization.integer_arithmetic import NormForm, make_form
 SOURCE = Path(__file__).with_name("integer_norms.c")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-std=c11")
 COMPILERS = ("cc", "gcc", "clang")
+PART_BYTES = 2**20  # of input; less is not worth a thread
+_ROWS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class Kernels:
@@ -44,20 +48,41 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(os.fspath(path))
+        self._functions: dict[str, Any] = {}
 
-    def l1_rows(self, x: Tensor, gain: Tensor, shift: Tensor, form: NormForm) -> Tensor:
-        """Do what :func:`.integer_arithmetic.l1_rows` does."""
-        return self.rows("normfuse_l1_rows", x, gain, shift, form)
+    def l1_rows(self, x: Tensor, gain: Tensor, shift: Tensor, form: NormForm, *, centred: bool = True) -> Tensor:
+        """Do what :func:`.integer_arithmetic.l1_rows` does, on as many threads as torch uses where that pays."""
+        return self.rows("normfuse_l1_rows" if centred else "normfuse_l1_rms_rows", x, gain, shift, form)
 
     def rows(self, function: str, x: Tensor, gain: Tensor, shift: Tensor, form: NormForm) -> Tensor:
         """Call a function of the signature of ``normfuse_l1_rows``."""
-        x, gain, shift = (t.contiguous() for t in (x, gain, shift))
+        x, gain, shift = x.contiguous(), gain.contiguous(), shift.contiguous()
         y = torch.empty_like(x)
-        constants = (ctypes.c_int64 * len(form))(*form)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, gain, shift)]
-        if self._library[function](*pointers[:2], ctypes.c_int64(len(x)), *pointers[2:], constants):
+        call, addresses = self._function(function), (x.data_ptr(), y.data_ptr(), gain.data_ptr(), shift.data_ptr())
+        constants = _constants(form)
+        failed: list[int] = []
+
+        def run(first: int, last: int) -> None:
+            at = first * form.size
+            failed.append(call(addresses[0] + at, addresses[1] + at, last - first, *addresses[2:], constants))
+
+        parts = max(1, min(torch.get_num_threads(), x.numel() // PART_BYTES))
+        ends = [len(x) * part // parts for part in range(parts + 1)]
+        threads = [threading.Thread(target=run, args=ends[part : part + 2]) for part in range(1, parts)]
+        for thread in threads:  # a call through ctypes lets go of the interpreter's lock
+            thread.start()
+        run(ends[0], ends[1])
+        for thread in threads:
+            thread.join()
+        if any(failed) or len(failed) < parts:
             raise MemoryError("no memory for the gains of an integer norm")
         return y
+
+    def _function(self, name: str) -> Any:
+        if name not in self._functions:
+            self._functions[name] = self._library[name]
+            self._functions[name].argtypes = _ROWS
+        return self._functions[name]
 
     def affine(self, x: Tensor, multiplier: Tensor, addend: Tensor, down: Tensor, limit: int) -> Tensor:
         """Do what :func:`.integer_arithmetic.affine` does; the output has the memory format of ``x``."""
@@ -75,6 +100,11 @@ class Kernels:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (last, y)]
         function(*pointers, *map(ctypes.c_int64, sizes), *constants, ctypes.c_int32(limit))
         return y if y.shape == x.shape and function is self._library.normfuse_affine_runs else y.movedim(-1, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(form: NormForm) -> Any:
+    return (ctypes.c_int64 * len(form))(*form)
 
 
 def build_kernels(*, force: bool = False) -> Path:
@@ -183,8 +213,10 @@ def _is_exact(found: Kernels) -> bool:
         x = x.to(torch.int8)
         gain, shift = torch.randint(-32767, 32768, (2, size), generator=generator, device="cpu").to(torch.int16)
         form = make_form(size, 1.0, 1e-3, 9, 4, 127)
-        if not torch.equal(found.l1_rows(x, gain, shift, form), integer_arithmetic.l1_rows(x, gain, shift, form)):
-            return False
+        for centred in (True, False):
+            expected = integer_arithmetic.l1_rows(x, gain, shift, form, centred=centred)
+            if not torch.equal(found.l1_rows(x, gain, shift, form, centred=centred), expected):
+                return False
         wide = gain.to(torch.int32), 64 * shift.to(torch.int32), (gain % 22).to(torch.int32)
         if not torch.equal(found.affine(x, *wide, 127), integer_arithmetic.affine(x, *wide, 127)):
             return False

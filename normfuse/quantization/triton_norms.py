@@ -1,4 +1,4 @@
-"""The integer L1 LayerNorm on CUDA, in Triton: one program a row, the same integers as the definition.
+"""The integer L1 LayerNorm and RMSNorm on CUDA, in Triton: one program a row, the same integers as the definition.
 
 See :mod:`normfuse.quantization.integer_arithmetic` for the formulas. The row is held in registers, so the sum of
 ``|m x - S|`` is taken as it stands, in 64 bits. Rows of any length up to 2^15.
@@ -55,6 +55,7 @@ def _l1_row(
     fraction: tl.constexpr,
     output: tl.constexpr,
     limit: tl.constexpr,
+    centred: tl.constexpr,
     block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -63,6 +64,8 @@ def _l1_row(
     x = tl.load(x_pointer + row * size + column, mask=inside, other=0).to(tl.int32)
 
     total = tl.sum(x, 0).to(tl.int64)
+    if not centred:
+        total = total * 0
     scaled = tl.where(inside, x.to(tl.int64) * size - total, 0)
     deviation = tl.sum(tl.abs(scaled), 0)
     centre = _floor_divide(2 * total + size, 2 * size)
@@ -94,7 +97,7 @@ def _l1_row(
     tl.store(y_pointer + row * size + column, _clip(y, -limit, limit).to(tl.int8), mask=inside)
 
 
-def l1_rows(x: Tensor, gain: Tensor, shift: Tensor, form: NormForm) -> Tensor:
+def l1_rows(x: Tensor, gain: Tensor, shift: Tensor, form: NormForm, *, centred: bool = True) -> Tensor:
     """Do what :func:`.integer_arithmetic.l1_rows` does."""
     x, gain, shift = (t.contiguous() for t in (x, gain, shift))
     y = torch.empty_like(x)
@@ -105,6 +108,7 @@ def l1_rows(x: Tensor, gain: Tensor, shift: Tensor, form: NormForm) -> Tensor:
             "fraction": form.fraction,
             "output": form.output,
             "limit": form.limit,
+            "centred": centred,
             "block": block,
             "num_warps": min(16, max(1, block // 512)),
         }

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import nn
 import normfuse
 from normfuse.cli import calibration_data
 from normfuse.errors import LoadError
-from normfuse.layers import UnifiedNorm
+from normfuse.layers import L1LayerNorm, UnifiedNorm
 from tests.transformers_small import ViT, images
 
 FACTORY = "tests.transformers_small:ViT"
@@ -133,3 +134,16 @@ def test_a_folder_of_images(folder: Path):
     (folder / "empty").mkdir()
     with pytest.raises(LoadError, match="no image"):
         read(folder / "empty")
+
+
+def test_to_l1_and_written_with_functions(run, vit_file, folder: Path):
+    arguments = ("swap", "vit.pt", "--arch", FACTORY, "--to", "l1", "--calib", "calib.npy")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "5 of 5 norms" in result.stdout
+    assert "an L1 norm leaves" in result.stdout
+    loaded = normfuse.load("vit.swapped.pt", arch=FACTORY)
+    assert sum(isinstance(module, L1LayerNorm) for module in loaded.modules()) == 5
+    written = run("export", "vit.swapped.pt", "--arch", FACTORY, "--norm-functions", "-o", "vit.onnx", "--json", "-")
+    assert written.exit_code == 0, written.output
+    assert [function.name for function in onnx.load("vit.onnx").functions] == ["L1LayerNorm"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,11 @@ def hard_rows(size: int, seed: int = 0) -> Tensor:
     return torch.stack(rows).to(torch.int8)
 
 
-def layer(size: int | tuple[int, ...], *, seed: int = 0, spread: float = 0.5, **options: bool) -> L1LayerNorm:
+def layer(
+    size: int | tuple[int, ...], *, kind: Any = L1LayerNorm, seed: int = 0, spread: float = 0.5, **options: bool
+) -> Any:
     """Return a layer in float64 with gains of both signs, one of them 0, and shifts."""
-    norm = L1LayerNorm(size, dtype=torch.float64, **options)
+    norm = kind(size, bias=True, dtype=torch.float64, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter, centre in ((norm.weight, 1.0), (norm.bias, 0.0)):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import NormfuseError
-from normfuse.layers import L1BatchNorm1d, L1BatchNorm2d, L1LayerNorm, PowerNorm
+from normfuse.layers import L1BatchNorm1d, L1BatchNorm2d, L1LayerNorm, L1RMSNorm, PowerNorm
 from normfuse.quantization import (
     IntegerL1BatchNorm,
     IntegerL1LayerNorm,
+    IntegerL1RMSNorm,
     build_kernels,
     integer_arithmetic,
     native_norms,
@@ -28,7 +29,9 @@ from normfuse.quantization.integer_arithmetic import make_form
 from tests.quantization.norm_rows import SIZES, hard_rows, layer
 
 FORMS = [(6, 2, 127), (8, 4, 127), (10, 4, 7), (12, 7, 31)]
-TARGETS = ["-march=native", "-mavx2", "-mno-sse3"]
+TARGETS = ["-march=native", "-mno-avx512vnni", "-mavx2", "-mno-sse3"]
+INTEGER: dict[Any, Any] = {L1LayerNorm: IntegerL1LayerNorm, L1RMSNorm: IntegerL1RMSNorm}
+both = pytest.mark.parametrize("kind", INTEGER, ids=["layer", "rms"])
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +46,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> native_norms.Kernels:
-    """Compile the kernels for this processor, for AVX2, and without vector types."""
+    """Compile the kernels for this processor, without its VNNI, for AVX2, and without vector types."""
     target = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    plain = ["-march=x86-64"] if request.param != "-march=native" else []
     if request.param == "-mavx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("the processor has no AVX2")
-    compile_or_skip(target, [*plain, request.param] if request.param == "-mavx2" else plain)
+    plain = ["-march=x86-64"] if request.param in ("-mavx2", "-mno-sse3") else []
+    compile_or_skip(target, [*plain, request.param] if request.param in ("-mavx2", "-mno-avx512vnni") else plain)
     return native_norms.Kernels(target)
 
 
@@ -63,18 +66,19 @@ def exact(norm: nn.Module, x: Tensor, scale: float) -> Tensor:
     return norm(x.double() * scale).detach()
 
 
-def reach(norm: L1LayerNorm, integer: IntegerL1LayerNorm, x: Tensor) -> Tensor:
+def reach(norm: Any, integer: Any, x: Tensor) -> Tensor:
     """Return where the normalized values are within what the integers represent."""
-    plain = L1LayerNorm(norm.normalized_shape, norm.eps, False, gaussian=norm.gaussian)
+    plain = type(norm)(norm.normalized_shape, norm.eps, False, gaussian=norm.gaussian)
     return exact(plain, x, integer.input_scale).abs() <= integer.peak
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("gaussian", [False, True])
-def test_error_is_within_its_bound(bits: int, size: int, gaussian: bool):
-    norm, x = layer(size, gaussian=gaussian), hard_rows(size)
-    integer = IntegerL1LayerNorm.from_float(norm, 0.05, 4 / (2 ** (bits - 1) - 1), bits)
+@both
+def test_error_is_within_its_bound(bits: int, size: int, gaussian: bool, kind: Any):
+    norm, x = layer(size, kind=kind, gaussian=gaussian), hard_rows(size)
+    integer = INTEGER[kind].from_float(norm, 0.05, 4 / (2 ** (bits - 1) - 1), bits)
     expected = (exact(norm, x, 0.05) / integer.output_scale).clamp(-integer.limit, integer.limit)
     found = integer(x)
     where = reach(norm, integer, x)
@@ -84,21 +88,37 @@ def test_error_is_within_its_bound(bits: int, size: int, gaussian: bool):
     assert integer.error_bound() < 1
 
 
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+@both
+def test_inputs_of_few_bits(bits: int, kind: Any):
+    """Both ends in ``bits`` bits, stored in int8: the bound holds, and the integers stay within their bits."""
+    norm, limit = layer(200, kind=kind), 2 ** (bits - 1) - 1
+    generator = torch.Generator().manual_seed(bits)
+    x = (torch.randn(300, 200, generator=generator) * limit / 3 + limit / 4).round().clamp(-limit, limit).to(torch.int8)
+    integer = INTEGER[kind].from_float(norm, 3 / limit, 4 / limit, bits)
+    expected = (exact(norm, x, 3 / limit) * limit / 4).clamp(-limit, limit)
+    found = integer(x)
+    assert int(found.abs().max()) == limit
+    assert float((found - expected).abs().max()) <= integer.error_bound() < 1
+
+
 @pytest.mark.parametrize("input_scale", [1e-6, 1e-3, 1.0, 50.0])
-def test_bound_holds_for_any_input_scale(input_scale: float):
+@both
+def test_bound_holds_for_any_input_scale(input_scale: float, kind: Any):
     """Down to steps that are small beside eps, where rows are far from normalized."""
-    norm, x = layer(96), hard_rows(96)
-    integer = IntegerL1LayerNorm.from_float(norm, input_scale, 0.04)
+    norm, x = layer(96, kind=kind), hard_rows(96)
+    integer = INTEGER[kind].from_float(norm, input_scale, 0.04)
     expected = (exact(norm, x, input_scale) / 0.04).clamp(-127, 127)
     assert float((integer(x) - expected).abs()[reach(norm, integer, x)].max()) <= integer.error_bound()
 
 
-def test_peak_covers_what_is_not_clipped():
+@both
+def test_peak_covers_what_is_not_clipped(kind: Any):
     """With gains alike, every value beyond the peak is clipped in exact arithmetic too; so nothing is lost."""
-    norm, x = layer(300, spread=0.2), hard_rows(300)
+    norm, x = layer(300, kind=kind, spread=0.2), hard_rows(300)
     with torch.no_grad():
         norm.weight.masked_fill_(norm.weight == 0, 1)
-    integer = IntegerL1LayerNorm.from_float(norm, 0.1, 0.05)
+    integer = INTEGER[kind].from_float(norm, 0.1, 0.05)
     expected = (exact(norm, x, 0.1) / 0.05).clamp(-127, 127)
     assert float((integer(x) - expected).abs().max()) <= integer.error_bound()
     assert bool((~reach(norm, integer, x)).any())
@@ -127,11 +147,25 @@ def test_constant_rows_give_the_shift():
 def test_kernels_equal_the_definition(library: native_norms.Kernels, size: int, form: tuple[int, int, int]):
     x = hard_rows(size, seed=size)
     gain, shift = torch.randint(-32767, 32768, (2, size), generator=torch.Generator().manual_seed(size)).to(torch.int16)
-    for eps in (0.0, 1e-3, 5.0, 4096.0):
+    for eps, centred in itertools.product((0.0, 1e-3, 5.0, 4096.0), (True, False)):
         constants = make_form(size, 1.2533, eps, *form)
-        expected = integer_arithmetic.l1_rows(x, gain, shift, constants)
-        assert torch.equal(library.l1_rows(x, gain, shift, constants), expected)
-        assert library.l1_rows(x[:0], gain, shift, constants).shape == (0, size)
+        expected = integer_arithmetic.l1_rows(x, gain, shift, constants, centred=centred)
+        assert torch.equal(library.l1_rows(x, gain, shift, constants, centred=centred), expected)
+        assert library.l1_rows(x[:0], gain, shift, constants, centred=centred).shape == (0, size)
+
+
+def test_threads_share_the_rows(library: native_norms.Kernels, monkeypatch: pytest.MonkeyPatch):
+    x = hard_rows(65).repeat(4, 1)
+    gain, shift = torch.full((65,), 9000, dtype=torch.int16), torch.full((65,), 8, dtype=torch.int16)
+    form = make_form(65, 1.0, 1e-3, 9, 4, 127)
+    expected = integer_arithmetic.l1_rows(x, gain, shift, form)
+    monkeypatch.setattr(native_norms, "PART_BYTES", 1000)
+    monkeypatch.setattr(native_norms.torch, "get_num_threads", lambda: 3)
+    started: list[Any] = []
+    start = native_norms.threading.Thread.start
+    monkeypatch.setattr(native_norms.threading.Thread, "start", lambda self: (started.append(self), start(self)))
+    assert torch.equal(library.l1_rows(x, gain, shift, form), expected)
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (2, 5, 7), (2, 5, 3, 65), (2, 5, 0), (1, 1, 1)])
@@ -191,14 +225,16 @@ def test_batch_norm_error_is_within_its_bound(bits: int, scales: tuple[float, fl
     assert 0.5 <= integer.error_bound() < 1 or scales[0] > 1
 
 
-@pytest.mark.parametrize("make", [lambda: IntegerL1LayerNorm.from_float(layer((5, 8)), 0.1, 0.05), None])
-def test_modules(make: Any):
+@pytest.mark.parametrize("kind", [*INTEGER, None])
+def test_modules(kind: Any):
     """The same with and without kernels, for any layout; state, copies and pickles carry the constants."""
-    integer = make() if make else IntegerL1BatchNorm.from_float(batch_norm(5), 0.1, 0.05, 6)
+    make = INTEGER[kind].from_float if kind else None
+    integer = make(layer((5, 8), kind=kind), 0.1, 0.05) if make else None
+    integer = integer or IntegerL1BatchNorm.from_float(batch_norm(5), 0.1, 0.05, 6)
     x = hard_rows(80).reshape(34, 2, 5, 8)
     x = x if make else x.transpose(1, 2)
     expected = integer(x)
-    other = IntegerL1LayerNorm.from_float(layer((5, 8), seed=3), 1.0, 0.5) if make else None
+    other = make(layer((5, 8), kind=kind, seed=3), 1.0, 0.5) if make else None
     other = other or IntegerL1BatchNorm.from_float(batch_norm(5, seed=3), 0.3, 0.5)
     other.load_state_dict(integer.state_dict())
     stored = io.BytesIO()
@@ -300,6 +336,8 @@ def test_wrong_values(make: Any):
 def test_wrong_types():
     for call in (
         lambda: IntegerL1LayerNorm.from_float(nn.LayerNorm(3), 0.1, 0.1),
+        lambda: IntegerL1LayerNorm.from_float(L1RMSNorm(3), 0.1, 0.1),
+        lambda: IntegerL1RMSNorm.from_float(L1LayerNorm(3), 0.1, 0.1),
         lambda: IntegerL1BatchNorm.from_float(PowerNorm(3), 0.1, 0.1),
         lambda: IntegerL1LayerNorm.from_float(layer(8), 0.1, 0.1)(torch.zeros(2, 8)),
         lambda: IntegerL1BatchNorm.from_float(batch_norm(3, L1BatchNorm1d), 0.1, 0.1)(torch.zeros(2, 3)),

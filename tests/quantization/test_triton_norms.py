@@ -21,8 +21,10 @@ for size in (1, 2, 63, 100, 768):
             generator = torch.Generator().manual_seed(size)
             gain, shift = torch.randint(-32767, 32768, (2, size), generator=generator).to(torch.int16)
             constants = integer_arithmetic.make_form(size, 1.2533, eps, *form)
-            expected = integer_arithmetic.l1_rows(x, gain, shift, constants)
-            assert torch.equal(triton_norms.l1_rows(x, gain, shift, constants), expected), (size, form, eps)
+            for centred in (True, False) if form[0] == 10 else (True,):
+                expected = integer_arithmetic.l1_rows(x, gain, shift, constants, centred=centred)
+                found = triton_norms.l1_rows(x, gain, shift, constants, centred=centred)
+                assert torch.equal(found, expected), (size, form, eps, centred)
 assert triton_norms.l1_rows(x[:0], gain, shift, constants).shape == (0, size)
 print("equal")
 """
