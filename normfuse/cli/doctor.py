@@ -20,6 +20,8 @@ PARTS = {
     "onnxscript": ("onnxscript", "normfuse[onnx]", "writes ONNX files"),
     "onnx-ir": ("onnx_ir", "normfuse[onnx]", "folds ONNX files"),
     "onnxruntime": ("onnxruntime", "normfuse[onnx]", "runs and verifies ONNX files"),
+    "tensorrt-rtx": ("tensorrt_rtx", "normfuse[tensorrt]", "builds engines ahead of time, without a GPU"),
+    "tensorrt": ("tensorrt", "tensorrt", "builds and runs engines on the GPU of this machine"),
     "torchvision": ("torchvision", "normfuse[zoo]", "torchvision:NAME, and pickled torchvision models"),
     "timm": ("timm", "normfuse[zoo]", "timm:NAME, and pickled timm models"),
 }
@@ -40,7 +42,7 @@ def command(out: Output) -> None:
             ("  python", platform.python_version(), platform.platform()),
             ("  torch", torch.__version__, f"{torch.get_num_threads()} threads on {', '.join(_devices())}"),
             *((f"  {name}", part["version"] or "missing", part["detail"]) for name, part in parts.items()),
-            ("  engines", "missing", "TensorRT engines are not available in this version"),
+            _engines(parts, _devices()),
         ]
     )
     out.finish()
@@ -76,3 +78,14 @@ def _providers(module: str, loaded: Any) -> str:
     if module != "onnxruntime":
         return ""
     return f" on {', '.join(loaded.get_available_providers())}"
+
+
+def _engines(parts: dict[str, Any], devices: list[str]) -> tuple[str, str, str]:
+    """Return which package would build an engine here, and where it would run."""
+    builders = [name for name in ("tensorrt-rtx", "tensorrt") if parts[name]["works"]]
+    if len(devices) == 1:
+        builders = [name for name in builders if name == "tensorrt-rtx"]
+    if not builders:
+        return "  engines", "missing", "export -o MODEL.engine: pip install 'normfuse[tensorrt]'"
+    where = "and run on this GPU" if len(devices) > 1 else "but do not run: no GPU"
+    return "  engines", "yes", f"built by {', '.join(builders)} {where}"

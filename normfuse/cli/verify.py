@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def command(out: Output, request: Request, check: Check, candidate: str, cosine: float | None) -> None:
     """Compare B with its source A: on the same inputs, against a float64 run of A.
 
-    A and B are model files or architectures; B may be an ONNX file. Without --rtol and --atol, B passes if rounding
-    explains its error.
+    A and B are model files or architectures; B may be an ONNX file or an engine. Without --rtol and --atol, B passes if
+    rounding explains its error.
     """
     if source.is_onnx(request.model):
         if not source.is_onnx(candidate):
@@ -56,11 +56,11 @@ def command(out: Output, request: Request, check: Check, candidate: str, cosine:
 
 def _against_model(request: Request, check: Check, candidate: str, out: Output) -> Comparison:
     """Compare with a torch model, whose float64 run judges."""
-    onnx = source.is_onnx(candidate)
+    written = source.is_engine(candidate) or source.is_onnx(candidate)
     loaded = source.load(request)
     example = source.example_for(loaded, request, out)
     other = dataclasses.replace(request, model=candidate)
-    subject = Path(candidate) if onnx else source.load(other).model
+    subject = Path(candidate) if written else source.load(other).model
     from normfuse.rerun import sample_inputs
     from normfuse.verify import verify
 

@@ -1,6 +1,6 @@
 """Write a model for a runtime: the backend follows the extension of the file.
 
-``.onnx`` is written here; engines (``.engine``) are not part of this version. :func:`lower` writes what it is given,
+``.onnx`` is for any runtime, ``.engine`` for TensorRT, by way of an ONNX file. :func:`lower` writes what it is given,
 :func:`export` folds first and verifies the written file against the source.
 """
 
@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from normfuse.errors import LoweringError, MissingDependencyError, VerificationError
+from normfuse.errors import LoweringError, VerificationError
 from normfuse.graph import Inputs
-from normfuse.lowering.onnx import DynamicAxes, OnnxInfo, Precision, export_onnx, parse_axes
+from normfuse.lowering import fidelity, tensorrt
+from normfuse.lowering.axes import DynamicAxes, parse_axes
+from normfuse.lowering.onnx import OnnxInfo, export_onnx
+from normfuse.lowering.precision import Loss, Numbers, Precision, check_ranges
+from normfuse.lowering.profiles import with_profiles
 from normfuse.lowering.staging import staged
+from normfuse.lowering.tensorrt import EngineInfo, EngineOptions, build_engine
 from normfuse.outputs import named_inputs
-from normfuse.rerun import Samples, sample_inputs
 from normfuse.verify import verify as compare
 
 if TYPE_CHECKING:
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
     from normfuse.pipeline import Result
     from normfuse.report import Report
 
-__all__ = ["ExportResult", "OnnxInfo", "export", "lower"]
+__all__ = ["EngineInfo", "EngineOptions", "ExportResult", "Numbers", "OnnxInfo", "export", "lower"]
+EXTENSIONS = (".onnx", ".engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +43,17 @@ class ExportResult:
 
     Attributes:
         report: What became of each norm; None where nothing was folded.
-        info: The file.
-        comparison: How far the file is from the float64 run of the source; None where it was not verified.
+        info: The ONNX file, for an engine the one it was built from.
+        comparison: How far that file is from the float64 run of the source; None where it was not verified.
+        loss: What the model loses in the type of the file.
+        engine: The engine; None where none was asked for.
     """
 
     report: Report | None
     info: OnnxInfo
     comparison: Comparison | None
+    loss: Loss
+    engine: EngineInfo | None = None
 
 
 def lower(
@@ -55,25 +64,20 @@ def lower(
     dynamic_axes: DynamicAxes | None = None,
     opset: int | None = None,
     fold_bn: bool = True,
-    precision: Precision = "fp32",
-) -> OnnxInfo:
-    """Write a model as it is in the format that the extension of ``path`` names; see :func:`.onnx.export_onnx`.
+    precision: Precision | Numbers = "fp32",
+    engine: EngineOptions | None = None,
+) -> OnnxInfo | EngineInfo:
+    """Write a model as it is in the format that the extension of ``path`` names.
+
+    The arguments are those of :func:`.onnx.export_onnx`; ``engine`` says what to build, of an ``.engine``.
 
     Raises:
         LoweringError: The extension is unknown, or the model cannot be written.
-        MissingDependencyError: The format needs a package that is not installed or not in this version.
+        MissingDependencyError: The format needs a package that is not installed.
     """
-    _require_backend(path)
-    options = {"dynamic_axes": dynamic_axes, "opset": opset, "fold_bn": fold_bn, "precision": precision}
-    return export_onnx(model, path, example_inputs, **options)
-
-
-def _require_backend(path: str | os.PathLike[str]) -> None:
-    extension = Path(path).suffix.lower()
-    if extension == ".engine":
-        raise MissingDependencyError("engines are not available in this version: write .onnx instead")
-    if extension != ".onnx":
-        raise LoweringError(f"cannot tell the format of {os.fspath(path)}: its name should end in .onnx")
+    arguments = {"dynamic_axes": dynamic_axes, "opset": opset, "fold_bn": fold_bn, "precision": precision}
+    result = export(model, path, example_inputs=example_inputs, engine=engine, verify=False, **arguments)
+    return result.engine or result.info
 
 
 def export(
@@ -85,7 +89,9 @@ def export(
     fold: Callable[[nn.Module], Result] | None = None,
     dynamic_axes: DynamicAxes | None = None,
     opset: int | None = None,
-    precision: Precision = "fp32",
+    precision: Precision | Numbers = "fp32",
+    engine: EngineOptions | None = None,
+    norm_functions: bool = False,
     verify: bool = True,
     num_inputs: int = 8,
     seed: int = 0,
@@ -99,44 +105,69 @@ def export(
         fold_bn: False folds nothing and keeps BatchNormalization nodes in the file.
         fold: What folds before the model is written: given the model, it returns a result with ``model`` and
             ``report`` and leaves its argument alone. None leaves folding to the exporter, as for a folded model.
-        dynamic_axes: Axes of any size; see :func:`normfuse.lowering.onnx.export_onnx`.
+        dynamic_axes: Axes of any size; see :func:`normfuse.lowering.onnx.export_onnx`. Those of the profiles of an
+            engine need not be said again.
         opset: The version of the ONNX operators; None takes the exporter's.
-        precision: The floating-point type of the file.
-        verify: Run the file in ONNX Runtime and compare.
-        num_inputs: On how many inputs: the example and random variants of it.
+        precision: The numbers of the file.
+        engine: What to build, where ``path`` is an ``.engine``; None for the defaults.
+        norm_functions: Write L1 norms as functions; see :func:`normfuse.lowering.onnx.export_onnx`.
+        verify: Run the file in ONNX Runtime and compare. An engine is verified by the file that it is built from.
+        num_inputs: On how many inputs: the example and random variants of it, or items of the calibration data.
         seed: Of the random variants.
 
     Raises:
         VerificationError: The file does not reproduce the source; it is not kept.
         LoweringError: The model cannot be written; see :func:`lower`.
-        MissingDependencyError: onnx, onnxscript or, to verify, onnxruntime is not installed.
+        MissingDependencyError: onnx, onnxscript, TensorRT or, to verify, onnxruntime is not installed.
     """
-    _require_backend(path)
+    wants_engine = _extension(path) == ".engine"
+    options = engine or EngineOptions()
+    numbers = precision if isinstance(precision, Numbers) else Numbers(precision)
+    named = named_inputs(model, example_inputs)
+    axes = parse_axes(dynamic_axes, named)
+    profiles = options.shapes.profiles(named)
+    if wants_engine:
+        tensorrt.choose(options)  # before any work
+        axes = with_profiles(axes, profiles)
     result = fold(model) if fold and fold_bn else None
-    options = {"dynamic_axes": dynamic_axes, "opset": opset, "fold_bn": fold_bn, "precision": precision}
-    if verify and result and precision != "fp32":  # so much rounding would hide a defect of the fold
-        _require_equal(compare(model, result.model, example_inputs), "the folded model")
-    comparison = None
-    with staged(path) as target:
-        info = lower(result.model if result else model, target, example_inputs, **options)
+    source = result.model if result else model
+    loss = check_ranges(source, numbers, numbers.batches(source, example_inputs))
+    if verify and result and numbers.precision != "fp32":  # so much rounding would hide a defect of the fold
+        _require_equal(compare(model, source, example_inputs), "the folded model")
+    comparison = built = None
+    with staged(path) as target, tempfile.TemporaryDirectory(dir=target.parent) as aside:
+        written = Path(aside, target.with_suffix(".onnx").name) if wants_engine else target
+        info = export_onnx(
+            source,
+            written,
+            example_inputs,
+            dynamic_axes=axes,
+            opset=opset,
+            fold_bn=fold_bn,
+            precision=numbers,
+            runtime="tensorrt" if wants_engine else "onnxruntime",
+            norm_functions=norm_functions,
+        )
         if verify:
-            samples = sample_inputs(example_inputs, num_inputs, seed).values
-            longer = _longer_batch(model, example_inputs, dynamic_axes)
-            comparison = compare(model, target, Samples((*samples, *longer)))
+            comparison = fidelity.compare_file(model, written, example_inputs, numbers, axes, num_inputs, seed)
             _require_equal(comparison, "the file")
-    return ExportResult(result.report if result else None, dataclasses.replace(info, path=Path(path)), comparison)
+        if wants_engine:
+            built = build_engine(written, target, options=options, profiles=profiles, precision=numbers.precision)
+            for file in Path(aside).iterdir() if options.keep_onnx else ():
+                file.rename(target.parent / file.name)
+    final = Path(path)
+    info = dataclasses.replace(info, path=final.with_suffix(".onnx") if wants_engine else final)
+    built = dataclasses.replace(built, path=final) if built else None
+    return ExportResult(result.report if result else None, info, comparison, loss, built)
+
+
+def _extension(path: str | os.PathLike[str]) -> str:
+    extension = Path(path).suffix.lower()
+    if extension not in EXTENSIONS:
+        raise LoweringError(f"cannot tell the format of {os.fspath(path)}: its name should end in .onnx or .engine")
+    return extension
 
 
 def _require_equal(comparison: Comparison, subject: str) -> None:
     if not comparison:
         raise VerificationError(f"{subject} does not reproduce the model: {comparison}", comparison)
-
-
-def _longer_batch(model: nn.Module, inputs: Inputs, dynamic_axes: DynamicAxes | None) -> list[Inputs]:
-    """Return the inputs with one more entry along axis 0 where that is dynamic, to see whether it is; else nothing."""
-    named = named_inputs(model, inputs)
-    grow = {name for name, labels in parse_axes(dynamic_axes, named).items() if 0 in labels}
-    if not grow:
-        return []
-    args = {name: torch.cat([value, value[:1]]) if name in grow else value for name, value in named.items()}
-    return [args]

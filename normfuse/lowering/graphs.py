@@ -136,6 +136,13 @@ def uses_bfloat16(model: onnx.ModelProto) -> bool:
     )
 
 
+def uses_float8(model: onnx.ModelProto) -> bool:
+    """Return whether a constant of the model, such as a quantized weight, has eight bits of floating point."""
+    proto = require().TensorProto
+    kinds = {proto.FLOAT8E4M3FN, proto.FLOAT8E5M2, proto.FLOAT8E4M3FNUZ, proto.FLOAT8E5M2FNUZ}
+    return any(tensor.data_type in kinds for tensor in constants(model))
+
+
 def widen_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model, edited so that the same bfloat16 numbers are computed with in float32."""
     package = require()
@@ -166,6 +173,12 @@ def expose_layers(model: onnx.ModelProto) -> dict[str, str]:
     new = set(layers.values()) - {value.name for value in model.graph.output}
     model.graph.output.extend(require().ValueInfoProto(name=value) for value in sorted(new))
     return layers
+
+
+def module_of(node: onnx.NodeProto) -> str:
+    """Return the innermost module of the source that a node comes from; empty where the file does not say."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    return next(reversed(_modules(scopes)), "")
 
 
 def _modules(scopes: str) -> list[str]:

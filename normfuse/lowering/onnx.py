@@ -17,27 +17,26 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normfuse import __version__, deploy, ranges, rerun
+from normfuse import __version__, deploy, rerun
 from normfuse.errors import LoweringError, MissingDependencyError
 from normfuse.graph import Inputs
-from normfuse.lowering import graphs
+from normfuse.lowering import graphs, onnx_functions, onnx_qdq, onnx_quantize
+from normfuse.lowering.axes import Axes, DynamicAxes, dynamic_shapes, parse_axes, require_dynamic
+from normfuse.lowering.precision import Numbers, Placement, Precision, cast, require_weights_in_range
 from normfuse.lowering.staging import staged
 from normfuse.outputs import arguments, named_inputs
 
-Precision = Literal["fp32", "fp16", "bf16"]
-DynamicAxes = Iterable[str] | Mapping[str, Iterable[int] | Mapping[int, str]]
-Axes = dict[str, dict[int, str]]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTERNAL_DATA_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; some room for the graph
 BFLOAT16_OPSET = 22  # the first in which Conv takes bfloat16
+GROUP_NORM_OPSET = 21  # the first with a GroupNormalization that is one operator
 RMS_NORM_OPSET = 23  # the first with RMSNormalization; below, a norm is written as seven small nodes
 _LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 
@@ -71,7 +70,9 @@ def export_onnx(
     dynamic_axes: DynamicAxes | None = None,
     opset: int | None = None,
     fold_bn: bool = True,
-    precision: Precision = "fp32",
+    precision: Precision | Numbers = "fp32",
+    runtime: Placement = "onnxruntime",
+    norm_functions: bool = False,
 ) -> OnnxInfo:
     """Write the model, in eval mode, as an ONNX file; the model itself is not changed.
 
@@ -82,9 +83,13 @@ def export_onnx(
         dynamic_axes: Axes of any size: ``["x:0", "x:2=height"]`` or ``{"x": [0], "mask": {0: "batch"}}``, by the names
             of ``forward``; axis 0 is called ``batch`` where it is given no name.
         opset: The version of the standard operators; None takes the exporter's, or what the
-            model needs: 22 for bfloat16, 23 for RMSNorm.
+            model needs: 22 for bfloat16, 23 for RMSNorm, 21 for GroupNorm where it is to be one node of TensorRT's.
         fold_bn: False keeps every BatchNormalization as a node.
-        precision: The floating-point type of the file; the model and its inputs are cast to it.
+        precision: The numbers of the file: a word, or :class:`.precision.Numbers` with the calibration data and the
+            rest of what ``mixed``, ``int8`` and ``fp8`` can be told. Floating-point inputs have the type of the file.
+        runtime: What the file is for.
+        norm_functions: Write each L1 norm as one node that calls a function of the model (:mod:`.onnx_functions`),
+            instead of plain nodes.
 
     Raises:
         LoweringError: The exporter cannot write this model, not in this opset or precision, or what it wrote is not
@@ -92,24 +97,33 @@ def export_onnx(
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     _require()
+    numbers = precision if isinstance(precision, Numbers) else Numbers(precision)
     twin = rerun.duplicate(model)
-    _check_range(twin, precision)
-    twin, inputs = rerun.convert(twin, DTYPES[precision]), rerun.cast_inputs(example_inputs, DTYPES[precision])
-    opset = _lowest_opset(twin, precision) if opset is None else opset
-    optimize = fold_bn and precision != "bf16"
+    require_weights_in_range(twin, numbers)
+    twin, inputs = cast(twin, numbers), rerun.cast_inputs(example_inputs, numbers.dtype)
+    opset = _lowest_opset(twin, numbers, runtime) if opset is None else opset
+    optimize = fold_bn and numbers.precision != "bf16"
     axes = parse_axes(dynamic_axes, named_inputs(twin, inputs))
-    program = _export(twin, inputs, _dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
+    twin = onnx_functions.stand_in(twin) if norm_functions else twin
+    twin = onnx_qdq.stand_in(twin, numbers.precision)
+    program = _export(twin, inputs, dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
+    onnx_functions.define(program.model)
     _describe(program.model, deploy.manifest_of(model))
     with staged(path) as target:
         _save(program, target)
+        if numbers.quantized:
+            data = numbers.batches(twin, inputs)
+            onnx_quantize.quantize_file(target, [named_inputs(twin, item) for item in data], numbers)
         info = _inspect(target, opset, axes)
         return dataclasses.replace(info, path=Path(path), notes=_notes(info.nodes, fold_bn=fold_bn))
 
 
-def _lowest_opset(model: nn.Module, precision: Precision) -> int | None:
+def _lowest_opset(model: nn.Module, numbers: Numbers, runtime: Placement) -> int | None:
     """Return the first opset that has what the model needs; None for whichever the exporter takes."""
-    needed = [BFLOAT16_OPSET] if precision == "bf16" else []
-    needed += [RMS_NORM_OPSET] if any(isinstance(module, nn.RMSNorm) for module in model.modules()) else []
+    kinds = {type(module) for module in model.modules()}
+    needed = [BFLOAT16_OPSET] if numbers.precision == "bf16" else []
+    needed += [RMS_NORM_OPSET] if any(issubclass(kind, nn.RMSNorm) for kind in kinds) else []
+    needed += [GROUP_NORM_OPSET] if runtime == "tensorrt" and any(issubclass(k, nn.GroupNorm) for k in kinds) else []
     return max(needed, default=None)
 
 
@@ -119,59 +133,6 @@ def _require() -> None:
         import onnxscript  # noqa: F401 - torch.onnx needs it, and says so less clearly
     except ImportError as error:
         raise MissingDependencyError("onnxscript is not installed: pip install 'normfuse[onnx]'") from error
-
-
-def _check_range(model: nn.Module, precision: Precision) -> None:
-    lost = ranges.overflowing(model, DTYPES[precision])
-    if lost:
-        worst = max(lost, key=lambda layer: max(layer.max_weight, layer.max_bias))
-        found = f"{worst.name} reaches {max(worst.max_weight, worst.max_bias):.3g}"
-        raise LoweringError(f"{len(lost)} layers exceed the range of {precision}: {found}; use bf16 or fp32")
-
-
-def parse_axes(axes: DynamicAxes | None, named: Mapping[str, Any]) -> Axes:
-    """Return ``{input: {axis: label}}`` for the dynamic axes of the inputs; a text without a name means the first.
-
-    Raises:
-        LoweringError: A text is not of the form, or there is no such tensor or axis among the inputs.
-    """
-    parsed = _from_mapping(axes) if isinstance(axes, Mapping) else _from_texts(axes or (), next(iter(named), ""))
-    for name, labels in parsed.items():
-        if not isinstance(named.get(name), Tensor):
-            raise LoweringError(f"dynamic axis of {name!r}: the inputs of forward are {', '.join(named)}")
-        if max(labels) >= named[name].dim():
-            raise LoweringError(f"dynamic axis {max(labels)} of {name!r}: it has {named[name].dim()} axes")
-    return parsed
-
-
-def _from_mapping(axes: Mapping[str, Iterable[int] | Mapping[int, str]]) -> Axes:
-    return {
-        name: dict(given) if isinstance(given, Mapping) else {axis: _label(name, axis) for axis in given}
-        for name, given in axes.items()
-    }
-
-
-def _from_texts(axes: Iterable[str], only: str) -> Axes:
-    parsed: Axes = collections.defaultdict(dict)
-    for text in axes:
-        place, _, label = text.partition("=")
-        name, _, axis = place.rpartition(":")
-        if not axis.isdigit() or (label and not label.isidentifier()):
-            raise LoweringError(f"dynamic axis {text!r} is not of the form name:axis or name:axis=label")
-        parsed[name or only][int(axis)] = label or _label(name or only, int(axis))
-    return dict(parsed)
-
-
-def _dynamic_shapes(axes: Axes, named: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the exporter's description of the inputs: a dimension for each dynamic axis, None for a static input."""
-    labels = {label for names in axes.values() for label in names.values()}
-    dims = {label: torch.export.Dim(label, min=1) for label in labels}
-    shapes = {name: {axis: dims[label] for axis, label in names.items()} for name, names in axes.items()}
-    return {name: shapes.get(name) for name in named} if shapes else None
-
-
-def _label(name: str, axis: int) -> str:
-    return "batch" if axis == 0 else f"{name}_{axis}"
 
 
 def _export(
@@ -265,7 +226,7 @@ def _inspect(path: Path, opset: int | None, axes: Axes) -> OnnxInfo:
     version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and version != opset:
         raise LoweringError(f"opset {opset} is not possible for this model: the exporter wrote {version}")
-    _require_dynamic(model, axes)
+    require_dynamic(model, axes)
     training = [node.name for node in graphs.nodes(model) if graphs.trains(node)]
     if training:
         raise LoweringError(f"{len(training)} nodes normalize with batch statistics: {training[0]}")
@@ -276,16 +237,6 @@ def _inspect(path: Path, opset: int | None, axes: Axes) -> OnnxInfo:
         nodes=graphs.op_counts(model),
         inputs=tuple(value.name for value in model.graph.input),
     )
-
-
-def _require_dynamic(model: Any, axes: Axes) -> None:
-    """Refuse a file in which the exporter silently fixed an axis that was to be dynamic."""
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
-    for name, labels in axes.items():
-        for axis in labels:
-            if name in shapes and not shapes[name][axis].dim_param:
-                size = shapes[name][axis].dim_value
-                raise LoweringError(f"axis {axis} of {name!r} cannot be dynamic: the model fixes its size to {size}")
 
 
 def _notes(nodes: Mapping[str, int], *, fold_bn: bool) -> tuple[str, ...]:

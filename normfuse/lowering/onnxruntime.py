@@ -21,6 +21,7 @@ from normfuse import divergence
 from normfuse.errors import LoadError, LoweringError, MissingDependencyError
 from normfuse.graph import Inputs
 from normfuse.lowering import graphs
+from normfuse.lowering.providers import CPU, RTX, add_rtx, full_names, require_present
 from normfuse.outputs import input_tensors
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def session(
 
     Args:
         model: The file.
-        providers: Execution providers in order of preference; each must be granted.
+        providers: Execution providers in order of preference, by ONNX Runtime's names or as ``cpu``, ``cuda``,
+            ``tensorrt``, ``tensorrt_rtx`` (the plugin, which takes no other before it). Each must be granted, and
+            without the CPU among them no node runs there.
         optimization: How far the graph may be optimized; ``"disabled"`` runs it as written.
         threads: Threads within an operator; None lets ONNX Runtime choose.
 
@@ -74,9 +77,14 @@ def session(
         MissingDependencyError: ONNX Runtime is not installed or has no such provider.
     """
     runtime = require()
-    available = runtime.get_available_providers()
-    _require_providers(providers, available, "is not in this onnxruntime")
+    wanted = full_names(providers)
+    ours = [name for name in wanted if name != RTX]
+    require_present(ours, runtime.get_available_providers(), "is not in this onnxruntime")
     options = runtime.SessionOptions()
+    if RTX in wanted:
+        add_rtx(runtime, options)
+    if CPU not in wanted:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     levels = runtime.GraphOptimizationLevel
@@ -85,18 +93,12 @@ def session(
         "basic": levels.ORT_ENABLE_BASIC,
         "disabled": levels.ORT_DISABLE_ALL,
     }[optimization]
-    opened = _open(runtime, model, options, list(providers))
-    _require_providers(providers, opened.get_providers(), "was not granted")
+    opened = _open(runtime, model, options, None if RTX in wanted else wanted)
+    require_present(wanted, opened.get_providers(), "was not granted by this onnxruntime")
     return opened
 
 
-def _require_providers(wanted: Sequence[str], present: Sequence[str], problem: str) -> None:
-    for name in wanted:
-        if name not in present:
-            raise MissingDependencyError(f"{name} {problem}, which has {', '.join(present)}")
-
-
-def _open(runtime: Any, model: Any, options: Any, providers: list[str]) -> onnxruntime.InferenceSession:
+def _open(runtime: Any, model: Any, options: Any, providers: list[str] | None) -> onnxruntime.InferenceSession:
     in_memory = not isinstance(model, str | os.PathLike)
     if not in_memory and not Path(model).is_file():
         raise LoadError(f"there is no file {os.fspath(model)}")
@@ -183,6 +185,9 @@ def open_artifact(path: Path) -> Artifact:
     """
     model = graphs.load(path)
     dtype = graphs.main_dtype(model)
+    if graphs.uses_float8(model):
+        note = "float8 checked as written: ONNX Runtime has no float8 kernels on the CPU, and would try to use some"
+        return Artifact(path, dtype, session(path, optimization="disabled"), (note,))
     if not graphs.uses_bfloat16(model):
         return Artifact(path, dtype, session(path))
     note = "bfloat16 numbers checked in float32 arithmetic: ONNX Runtime has no bfloat16 on the CPU"

@@ -77,10 +77,6 @@ def test_half_precision(run, model_file):
     assert onnx.load("model.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
 
-def test_engines_are_not_there(refuses, model_file):
-    assert "engines are not available" in refuses("export", model_file, "-o", "model.engine", code=5)
-
-
 def test_onnx_input_points_to_fold(run, refuses, model_file):
     run("export", model_file, *SHAPE)
     assert "normfuse fold" in refuses("export", "model.onnx", "-o", "b.onnx", code=2)
