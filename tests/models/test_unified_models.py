@@ -75,8 +75,8 @@ def test_transformers_vit():
 
 def gpt2(**options: Any) -> nn.Module:
     hub = package("transformers")
-    sizes = {"vocab_size": 50, "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 4}
-    return hub.GPT2LMHeadModel(hub.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False, **options))
+    sizes = {"vocab_size": 50, "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 4, **options}
+    return hub.GPT2LMHeadModel(hub.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False))
 
 
 def test_gpt2_with_and_without_tied_words():
@@ -86,6 +86,17 @@ def test_gpt2_with_and_without_tied_words():
     assert left(tied, WORDS, duplicate_shared=True) == []
     report = normfuse.inspect(tied, api.EXACT_PASSES, example_inputs=WORDS)
     assert [o.refusal.reason for o in report.refused if o.refusal] == [Reason.SHARED_PARAMETER]
+
+
+def test_gpt2_norms_that_stay_give_gain_and_shift_to_conv1d():
+    """Its layers are ``addmm``: a UnifiedNorm folds into them, and of a LayerNorm only the statistics are left."""
+    source = noisy(gpt2(tie_word_embeddings=False))
+    network = randomize_norms(normfuse.swap_norms(source, "unified", [WORDS], exclude=["*.1.ln_*"]))
+    folded = normfuse.fold(network, example_inputs=WORDS)
+    assert_parity(network, folded, WORDS, tolerance=ERROR)
+    kept = {norm.name: folded.get_submodule(norm.name) for norm in norms.find_norms(capture(folded, WORDS))}
+    assert list(kept) == ["transformer.h.1.ln_1", "transformer.h.1.ln_2"]
+    assert [(m.weight, m.bias) for m in kept.values()] == [(None, None)] * 2
 
 
 def test_llama_rms_norm():
