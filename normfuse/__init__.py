@@ -12,8 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normfuse import layers as layers
+    from normfuse import quantization as quantization
+    from normfuse import statistics as statistics
     from normfuse.api import apply, export, fold, fold_bn, inspect
     from normfuse.base import Reason, Refusal
+    from normfuse.compilation import Compiled, compile
     from normfuse.errors import (
         CaptureError,
         DeployedModelError,
@@ -21,11 +25,13 @@ if TYPE_CHECKING:
         LoweringError,
         MissingDependencyError,
         NormfuseError,
+        OrderError,
         RequirementError,
         VerificationError,
     )
     from normfuse.parameters import parameter_groups
     from normfuse.pipeline import Result
+    from normfuse.quantizing import quantize
     from normfuse.reconstruction import reconstruct
     from normfuse.report import Outcome, Report, Status
     from normfuse.serialize import load, save
@@ -38,11 +44,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Comparison",
+    "Compiled",
     "DeployedModelError",
     "LoadError",
     "LoweringError",
     "MissingDependencyError",
     "NormfuseError",
+    "OrderError",
     "Outcome",
     "Reason",
     "Refusal",
@@ -53,12 +61,14 @@ __all__ = [
     "Tolerance",
     "VerificationError",
     "apply",
+    "compile",
     "export",
     "fold",
     "fold_bn",
     "inspect",
     "load",
     "parameter_groups",
+    "quantize",
     "reconstruct",
     "save",
     "swap_norms",
@@ -70,6 +80,7 @@ __all__ = [
 _NAMES = {
     "api": ("apply", "export", "fold", "fold_bn", "inspect"),
     "base": ("Reason", "Refusal"),
+    "compilation": ("Compiled", "compile"),
     "errors": (
         "CaptureError",
         "DeployedModelError",
@@ -77,11 +88,13 @@ _NAMES = {
         "LoweringError",
         "MissingDependencyError",
         "NormfuseError",
+        "OrderError",
         "RequirementError",
         "VerificationError",
     ),
     "parameters": ("parameter_groups",),
     "pipeline": ("Result",),
+    "quantizing": ("quantize",),
     "reconstruction": ("reconstruct",),
     "report": ("Outcome", "Report", "Status"),
     "serialize": ("load", "save"),
@@ -89,11 +102,14 @@ _NAMES = {
     "tuning": ("tune_mode", "tuned"),
     "verify": ("Comparison", "Tolerance", "verify"),
 }
+_SUBPACKAGES = ("layers", "quantization", "statistics")
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from the module that defines it (PEP 562)."""
+    """Load a public name from the module that defines it, or a subpackage (PEP 562)."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,9 +13,9 @@ from torch import nn
 from normfuse import surgery
 from normfuse.base import Pass
 from normfuse.capture import unwrap
-from normfuse.deploy import manifest_of
 from normfuse.errors import VerificationError
 from normfuse.graph import Inputs
+from normfuse.order import Step, is_folded, is_quantized, require
 from normfuse.passes import PASSES
 from normfuse.pipeline import Result, Selection, run
 from normfuse.report import Report
@@ -23,7 +23,10 @@ from normfuse.verify import Tolerance
 from normfuse.verify import verify as compare
 
 if TYPE_CHECKING:
-    from normfuse.lowering import DynamicAxes, Precision
+    from normfuse.calibration import Calibration
+    from normfuse.lowering import EngineOptions
+    from normfuse.lowering.axes import DynamicAxes
+    from normfuse.lowering.precision import Placement, Precision
 
 __all__ = ["EXACT_PASSES", "apply", "export", "fold", "fold_bn", "inspect"]
 
@@ -154,42 +157,65 @@ def export(
     dynamic_axes: DynamicAxes | None = None,
     opset: int | None = None,
     precision: Precision = "fp32",
+    keep_fp32: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    qdq: Placement | None = None,
+    engine: EngineOptions | None = None,
+    norm_functions: bool = False,
     verify: bool = True,
 ) -> Report:
     """Fold a copy of the model, write it to ``path`` and verify the written file; the format follows the extension.
 
     Args:
         model: Any module; it is not changed. A folded model is written as it is.
-        path: Where to write; ``.onnx``.
+        path: Where to write: ``.onnx``, or ``.engine`` for TensorRT.
         example_inputs: As for :func:`fold`.
         fold_bn: Whether to run every exact pass first. Without it, the file keeps its BatchNormalization nodes.
         dynamic_axes: Axes of any size, by input: see :func:`normfuse.lowering.onnx.export_onnx`.
-        opset: The version of the ONNX operators; the exporter's, if None.
-        precision: The floating-point type of the file: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
-        verify: Whether to run the file in ONNX Runtime against a float64 run of the model.
+        opset: The version of the ONNX operators; one that suits the runtime, if None.
+        precision: The numbers of the file: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"mixed"`` (fp16 with norms in fp32),
+            ``"int8"``, or ``"fp8"`` for TensorRT.
+        keep_fp32: Globs of modules that ``"mixed"`` keeps in fp32 beside the norms.
+        calibration: Data for ``"int8"`` and ``"fp8"``, an iterable of inputs as ``example_inputs`` are, as a list or a
+            ``DataLoader``; every narrow type is checked for overflow on it, or on the example without it.
+        qdq: Whose quantizers ``"int8"`` writes, ``"onnxruntime"`` or ``"tensorrt"``; those of the format, if None.
+        engine: What to build, where ``path`` is an ``.engine``: package, targets, shapes. See
+            :class:`normfuse.lowering.EngineOptions`.
+        norm_functions: Write each L1 norm as one node that calls a function of the file, instead of plain nodes.
+        verify: Whether to run the file in ONNX Runtime against a float64 run of the model. An engine is verified by the
+            ONNX file that it is built from.
 
     Returns:
         The report of the fold; empty where nothing was to fold.
 
     Raises:
-        LoweringError: The model cannot be written in this format.
+        LoweringError: The model cannot be written in this format, or its values leave the range of the precision.
         VerificationError: The written file does not reproduce the model; it is removed.
+        OrderError: The statistics of the model still follow data (:mod:`normfuse.statistics`).
         MissingDependencyError: A package that the format needs is not installed.
     """
+    from normfuse.lowering import Numbers
     from normfuse.lowering import export as write
+
+    placement = qdq or ("tensorrt" if Path(path).suffix.lower() == ".engine" else "onnxruntime")
+    numbers = Numbers(precision, tuple(keep_fp32), calibration, placement)
+    source = unwrap(model)
+    require(source, Step.EXPORT)
 
     def folded(source: nn.Module) -> Result[nn.Module]:
         return apply(source, EXACT_PASSES, example_inputs=example_inputs)
 
     result = write(
-        unwrap(model),
+        source,
         path,
         example_inputs=example_inputs,
         fold_bn=fold_bn,
-        fold=None if manifest_of(model) else folded,
+        fold=None if is_folded(source) or is_quantized(source) else folded,
         dynamic_axes=dynamic_axes,
         opset=opset,
-        precision=precision,
+        precision=numbers,
+        engine=engine,
+        norm_functions=norm_functions,
         verify=verify,
     )
     return result.report or Report(())

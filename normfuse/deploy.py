@@ -12,7 +12,9 @@ from torch import nn
 from normfuse.errors import DeployedModelError
 
 MANIFEST = "normfuse_manifest"
-TRAINABLE = frozenset({"swap-unified", "swap-l1"})
+TRAINABLE = frozenset(
+    {"materialize", "prune-constant", "recalibrate", "swap-unified", "swap-l1", "shiftquant", "shiftquant-off"}
+)
 """Passes whose result is made to be trained further."""
 
 
@@ -28,6 +30,11 @@ class RefuseTraining:
         Raises:
             DeployedModelError: Training was asked for.
         """
+        if mode and "quantize" in (manifest_of(self.model) or {}).get("passes", ()):
+            raise DeployedModelError(
+                "this model is quantized: its weights are fixed integers. Train the model it was made from; to train "
+                "on integers, quantize that one without calibration data"
+            )
         if mode:
             raise DeployedModelError(
                 "this model is folded: its norms are gone and training it is unstable. Fine-tune the unfolded model "

@@ -52,5 +52,9 @@ class DeployedModelError(NormfuseError):
     """A folded model was asked to do what only the unfolded model can, such as to train."""
 
 
+class OrderError(NormfuseError):
+    """A step was asked for out of order: the text says which one must come first (:mod:`normfuse.order`)."""
+
+
 class PassContractError(Exception):
     """A pass broke its contract: a bug in the pass, not in the user's model."""

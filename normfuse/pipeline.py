@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from normfuse import deploy, norms, surgery
+from normfuse import deploy, families, norms, order, surgery
 from normfuse.base import Match, Pass, Reason, Refusal
 from normfuse.capture import capture, unwrap
 from normfuse.graph import Inputs, ModelGraph, module_names
@@ -78,19 +78,22 @@ def run(
 
     Raises:
         CaptureError: The model could not be read.
+        OrderError: A pass comes after one that must follow it, in this run or an earlier one.
     """
     user_model = unwrap(model)
+    order.require_for_passes(user_model, [one.name for one in passes if not one.reversible])
     notes = _notes(user_model, passes)
     work = user_model if inplace else surgery.copy(user_model)
     tuned.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(user_model.state_dict())
     state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
     graph = capture(work, example_inputs)
-    inventory, partial = norms.find_norms(graph), bool(graph.partial)
+    inventory, first = norms.find_norms(graph), graph
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             graph = replace(capture(work, example_inputs), edits=graph.edits)
-    report = _report(inventory, passes, state, (*notes, *_unseen(graph, passes)), partial)
+    notes += (*families.notes(inventory, first), *_unseen(graph, passes))
+    report = _report(inventory, passes, state, notes, first)
     if all(one.reversible for one in passes):
         return Result(work, report)  # type: ignore[arg-type]
     for name, module in work.named_modules():
@@ -174,19 +177,28 @@ def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _R
 
 
 def _report(
-    inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...], partial: bool
+    inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...], graph: ModelGraph
 ) -> Report:
     """Return every norm once, in order of execution, and after them what else was rewritten."""
-    about_norms = [state.outcomes.get((norm.name, True)) or _left(norm, partial) for norm in inventory]
+    about_norms = [_about(norm, state, graph) for norm in inventory]
     known = {norm.name for norm in inventory}
     others = [o for (name, is_norm), o in state.outcomes.items() if not is_norm or name not in known]
     return Report((*about_norms, *others), tuple(dict.fromkeys(one.name for one in passes)), notes)
 
 
-def _left(norm: norms.Norm, partial: bool) -> Outcome:
+def _about(norm: norms.Norm, state: _Run, graph: ModelGraph) -> Outcome:
+    """Return the outcome of a norm; where all of it stays in any case, that its gain does is not the reason."""
+    outcome = state.outcomes.get((norm.name, True))
+    if outcome is None:
+        return _left(norm, graph)
+    if outcome.status is Status.REFUSED and families.stays(norm, graph) and norm.nodes:
+        return replace(outcome, refusal=families.explain(norm, graph))
+    return outcome
+
+
+def _left(norm: norms.Norm, graph: ModelGraph) -> Outcome:
     """Return the outcome of a norm that no pass looked at."""
     if not norm.nodes:
         unseen = Refusal(Reason.PARTIAL_CAPTURE, "what calls it could not be traced", "pass example_inputs")
-        return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if partial else None)
-    detail = f"no pass of this run has anything to move out of a {norm.layer}"
-    return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=Refusal(Reason.UNSUPPORTED_LAYER, detail))
+        return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if graph.partial else None)
+    return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=families.explain(norm, graph))

@@ -14,6 +14,7 @@ from typing import Any
 from normfuse.base import Refusal
 
 SCHEMA_VERSION = 1
+_OF_LAYERS = {"quantize", "shiftquant", "shiftquant-off"}  # passes about other layers than norms
 _SHOWN = 4  # partners that a line of a printed report names
 _VERBS = {  # by the name of the pass, and whether the norm remains
     ("tune-mode", False): "applied by the layer before",
@@ -21,7 +22,10 @@ _VERBS = {  # by the name of the pass, and whether the norm remains
     ("center-norm", False): "turned into RMSNorm",
     ("swap-unified", False): "swapped",
     ("swap-l1", False): "swapped",
+    ("recalibrate", False): "recalibrated",
+    ("prune-constant", False): "without their constant channels",
     ("fold-bn", True): "folded but for their group scaling",
+    ("fuse-layer-norm", True): "made one LayerNormalization",
 }
 
 
@@ -123,6 +127,8 @@ class Report:
 
     def summary(self) -> str:
         """Return one line: ``"fold-bn: 51 of 53 norms folded, 2 refused (2 extra consumer)"``."""
+        if self.passes and set(self.passes) <= _OF_LAYERS:
+            return self._summary_of_layers()
         norms = self.norms
         done = [o for o in norms if o.status is Status.APPLIED]
         verbs = {_VERBS.get((name, False), "folded"): [] for name in self.passes} or {"folded": []}
@@ -136,6 +142,14 @@ class Report:
             if left:
                 parts.append(f"{len(left)} {status.value}{_reasons(left)}")
         return f"{', '.join(self.passes) or 'nothing run'}: {', '.join(parts)}"
+
+    def _summary_of_layers(self) -> str:
+        """Return one line about layers that are no norms: ``"quantize: 52 of 53 layers quantized, 1 refused"``."""
+        layers = [o for o in self.outcomes if o.pass_name in _OF_LAYERS]
+        refused = [o for o in layers if o.status is Status.REFUSED]
+        done = f"{len(layers) - len(refused)} of {len(layers)} layers quantized"
+        left = f", {len(refused)} refused{_reasons(refused)}" if refused else ""
+        return f"{', '.join(self.passes)}: {done}{left}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values with a versioned schema."""

@@ -27,11 +27,18 @@ Edit = dict[str, Any]
 
 IDENTITY: Spec = {"class": "torch.nn.modules.linear.Identity", "kwargs": {}}
 _CONVS = tuple(f"torch.nn.modules.conv.Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))
+_PRODUCTS = ("Linear", "Conv1d", "Conv2d")
 BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.modules.linear.Linear",
                        "torch.nn.modules.sparse.Embedding", "torch.nn.modules.normalization.RMSNorm",
                        "normfuse.layers.rms_norm.RMSNorm", "normfuse.layers.unified_norm.UnifiedNorm",
+                       *(f"normfuse.layers.l1_batch_norm.L1BatchNorm{n}d" for n in (1, 2, 3)),
+                       "normfuse.layers.l1_layer_norm.L1LayerNorm", "normfuse.layers.l1_layer_norm.L1RMSNorm",
                        "normfuse.layers.deployed.Zero", "normfuse.layers.deployed.FirstArgument",
                        "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites",
+                       "normfuse.layers.deployed.ChannelClamp",
+                       *(f"normfuse.quantization.modules.ShiftQuant{kind}" for kind in _PRODUCTS),
+                       *(f"normfuse.quantization.calibrated.Calibrated{kind}" for kind in _PRODUCTS),
+                       "normfuse.quantization.quantizing_layer.Precision",
                        "timm.layers.conv2d_same.Conv2dSame"))  # fmt: skip
 
 
@@ -106,8 +113,8 @@ def chain(names: Iterable[str]) -> Spec:
     return IDENTITY if not refs else refs[0] if len(refs) == 1 else {"sequential": refs}
 
 
-def build(root: nn.Module, spec: Spec) -> nn.Module:
-    """Return the module that a spec describes.
+def build(root: nn.Module, spec: Spec) -> Any:
+    """Return the module that a spec describes, or the record of a module's settings.
 
     Raises:
         ValueError: The spec names a class that edits do not build.
@@ -119,9 +126,10 @@ def build(root: nn.Module, spec: Spec) -> nn.Module:
     if spec["class"] not in BUILDABLE:
         raise ValueError(f"an edit cannot build {spec['class']!r}")
     kwargs = {k: build(root, v) if isinstance(v, dict) else _lists_to_tuples(v) for k, v in spec["kwargs"].items()}
-    module = _class(spec["class"])(**kwargs)
-    module.training = False
-    return module
+    built = _class(spec["class"])(**kwargs)
+    if isinstance(built, nn.Module):
+        built.training = False
+    return built
 
 
 def _lists_to_tuples(value: Any) -> Any:
@@ -156,7 +164,10 @@ def _like(module: nn.Module, spec: Spec, tensor: Tensor) -> None:
 def _retype(root: nn.Module, edit: Edit) -> None:
     if edit["class"] not in BUILDABLE:
         raise ValueError(f"an edit cannot build {edit['class']!r}")
-    root.get_submodule(edit["path"]).__class__ = _class(edit["class"])
+    module = root.get_submodule(edit["path"])
+    module.__class__ = _class(edit["class"])
+    for name, spec in edit.get("attributes", {}).items():
+        setattr(module, name, build(root, spec))
 
 
 def _materialize(root: nn.Module, edit: Edit) -> None:
@@ -170,10 +181,36 @@ def _untie(root: nn.Module, edit: Edit) -> None:
     owner._parameters[attribute] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
 
 
+def _tie(root: nn.Module, edit: Edit) -> None:
+    """Let one module hold the parameter of another."""
+    owner_name, _, attribute = edit["tensor"].rpartition(".")
+    root.get_submodule(owner_name)._parameters[attribute] = root.get_parameter(edit["to"])
+
+
 def _drop(root: nn.Module, edit: Edit) -> None:
     """Set a parameter to None: the gain or shift of a norm that moved into its neighbour."""
     owner_name, _, attribute = edit["tensor"].rpartition(".")
     root.get_submodule(owner_name).register_parameter(attribute, None)
+
+
+def _resize(root: nn.Module, edit: Edit) -> None:
+    """Give a layer other numbers of channels: attributes that say them, and tensors of other shapes, without values."""
+    module = root.get_submodule(edit["path"])
+    if not _SIZES.issuperset(edit["attributes"]):
+        raise ValueError(f"an edit cannot set {sorted(set(edit['attributes']) - _SIZES)}")
+    for name, size in edit["attributes"].items():
+        setattr(module, name, int(size))
+    for name, shape in edit["tensors"].items():
+        old = getattr(module, name)
+        like = old if isinstance(old, Tensor) else next(module.parameters(recurse=False))
+        new = like.detach().new_empty(shape)
+        if name in module._buffers:
+            module._buffers[name] = new
+        else:
+            module._parameters[name] = nn.Parameter(new, requires_grad=like.requires_grad)
+
+
+_SIZES = frozenset({"in_channels", "out_channels", "in_features", "out_features", "num_features"})
 
 
 def _count_calls(root: nn.Module, edit: Edit) -> None:
@@ -197,7 +234,9 @@ _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "retype": _retype,
     "materialize": _materialize,
     "untie": _untie,
+    "tie": _tie,
     "drop": _drop,
     "count_calls": _count_calls,
+    "resize": _resize,
     "separate": _separate,
 }

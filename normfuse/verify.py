@@ -1,8 +1,8 @@
 """Does the candidate compute what the source computes? Judged against a float64 run of the source.
 
 The source runs three times on each sample: in float64 (the judge), and in the candidate's precision (what rounding
-alone costs there). The candidate, a module or the ``.onnx`` file that was written, runs once. What is compared and
-when it passes is in :mod:`normfuse.comparison`.
+alone costs there). The candidate, a module or the ``.onnx`` or ``.engine`` file that was written, runs once. What is
+compared and when it passes is in :mod:`normfuse.comparison`.
 
 A float64 candidate is held to float64 rounding: the source's own error is measured in float32 and scaled by the ratio
 of the two machine epsilons, because the judge and the source are then the same run.
@@ -30,7 +30,7 @@ from normfuse.outputs import flatten, input_tensors, named_inputs
 from normfuse.rerun import Samples
 
 # What opens a written file, by extension. Named, not imported: backends are optional and stand above this module.
-BACKENDS = {".onnx": "normfuse.lowering.onnxruntime"}
+BACKENDS = {".onnx": "normfuse.lowering.onnxruntime", ".engine": "normfuse.lowering.tensorrt_run"}
 _HARD_CODED = "the model does not run in float64: judged against its own precision"
 _LENIENCE = 128.0  # times eps: what float32 rounding may cost where no float64 run measures it
 
@@ -62,6 +62,7 @@ def verify(
     inputs: Inputs | Samples,
     *,
     tolerance: Tolerance | None = None,
+    rounds_like: nn.Module | None = None,
 ) -> Comparison:
     """Compare the outputs of a candidate with those of its source, both in eval mode; changes neither.
 
@@ -71,6 +72,8 @@ def verify(
         inputs: What both take: a tensor, a tuple of positional or a mapping of keyword arguments; or several of
             these as :class:`normfuse.rerun.Samples`, which :func:`normfuse.rerun.sample_inputs` makes.
         tolerance: What to accept; None for what rounding explains (see :mod:`normfuse.comparison`).
+        rounds_like: A form of the source that rounds as the candidate may, where the candidate's type alone does not
+            tell: one with layers in several types. Its inputs have the candidate's type.
 
     Returns:
         The verdict with the figures behind it; false if the candidate differs.
@@ -86,7 +89,7 @@ def verify(
         raise VerificationError("nothing to compare: no inputs given")
     subject = _module(candidate, reference) if isinstance(candidate, nn.Module) else _file(candidate, reference)
     own = rerun.main_dtype(reference) or _input_dtype(samples[0])
-    source = _run_source(reference, samples, own, _coarser(own, subject.dtype))
+    source = _run_source(reference, samples, own, _coarser(own, subject.dtype), rounds_like)
     found = _run_candidate(subject, samples, source.judge)
     comparison = _compare(source, found, subject, _coarser(own, subject.dtype), tolerance)
     if comparison.passed:
@@ -106,7 +109,9 @@ def _named(output: Any) -> dict[str, Any]:
     return dict(flatten(output))
 
 
-def _run_source(model: nn.Module, samples: Sequence[Inputs], own: torch.dtype, working: torch.dtype) -> _Source:
+def _run_source(
+    model: nn.Module, samples: Sequence[Inputs], own: torch.dtype, working: torch.dtype, like: nn.Module | None
+) -> _Source:
     """Run the source in its own precision, in float64, and in the precision that the candidate works in."""
     twin = rerun.duplicate(model)
     try:
@@ -119,7 +124,7 @@ def _run_source(model: nn.Module, samples: Sequence[Inputs], own: torch.dtype, w
     noise = [(plain, 1.0)] if working is own else []
     narrow, weight = (working, 1.0) if working is not torch.float64 else (torch.float32, _ratio())
     if narrow is not own:
-        again = _try_run(rerun.convert(twin, narrow), samples, narrow)
+        again = _try_run(like or rerun.convert(twin, narrow), samples, narrow)
         noise += [(again, weight)] if again is not None else []
     return _Source(judge, noise)
 

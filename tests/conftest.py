@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what needs a device or a package that is missing."""
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
-        "tensorrt": "" if importlib.util.find_spec("tensorrt") else "TensorRT is not installed",
+        "tensorrt": "" if importlib.util.find_spec("tensorrt_rtx") else "tensorrt_rtx is not installed",
     }
     for item in items:
         for marker, reason in missing.items():

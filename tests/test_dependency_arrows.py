@@ -18,25 +18,28 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
     ("errors", "numerics", "adapters", "computed"),
-    ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest"),
+    ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph"),
     ("capture", "outputs"),
-    ("norms", "operations", "branches", "scopes", "gains"),
+    ("norms", "ranks", "constant_maps", "written_norms", "operations", "branches", "scopes", "gains"),
     ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
     ("pairs", "centering", "stream_rules", "streams", "as_rms_norm"),
-    ("norm_forms", "progress", "calibration", "blocks", "norm_swap"),
+    ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
+    ("layer_quantization", "layer_ranges"),
     ("passes",),
-    ("pipeline", "comparison", "ranges", "rerun", "divergence", "verify"),
+    ("pipeline", "comparison", "activations", "ranges", "rerun", "divergence", "verify"),
     ("formats", "allowed_globals", "architectures", "exported_program", "stand_ins", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
-    ("api", "parameters", "reconstruction", "swapping", "tuning"),
+    ("api", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),
+    ("latency",),
+    ("compilation",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SURFACE = {"api", "report", "errors", "verify", "formats", "serialize", "architectures", "lowering"}
-CLI_MAY = SURFACE | {"cli", "outputs", "rerun", "swapping", "reconstruction"}
+CLI_MAY = SURFACE | {"cli", "latency", "outputs", "rerun", "quantizing", "recalibrating", "swapping", "reconstruction"}
 ONNX_GRAPHS = ("lowering.onnx_fold", "lowering.onnx_graph")  # about ONNX through and through, and loaded late
-OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "timm", "torchvision"}
+OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "tensorrt_rtx", "timm", "torchvision"}
 OPTIONAL |= {"transformers", "matplotlib"}
 
 

@@ -13,11 +13,11 @@ import normfuse
 
 PROMISED = {
     *("fold", "fold_bn", "inspect", "apply", "export", "verify", "save", "load"),
-    *("swap_norms", "reconstruct"),
+    *("quantize", "swap_norms", "reconstruct", "compile", "Compiled"),
     *("tune_mode", "tuned", "parameter_groups"),
     *("Report", "Outcome", "Status", "Reason", "Refusal", "Result", "Comparison", "Tolerance"),
     *("NormfuseError", "CaptureError", "LoadError", "LoweringError", "RequirementError", "VerificationError"),
-    *("MissingDependencyError", "DeployedModelError"),
+    *("MissingDependencyError", "DeployedModelError", "OrderError"),
 }
 
 

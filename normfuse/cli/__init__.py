@@ -19,9 +19,12 @@ import normfuse
 COMMANDS = {  # written here, so that a list of the commands loads none of them
     "inspect": "Every norm of a model, what folding would do with it, and why not.",
     "fold": "Every exact pass; a folded model file that loads again.",
-    "export": "Fold, write ONNX, verify the written file.",
-    "swap": "LayerNorm and RMSNorm into norms that fold, fitted to data.",
+    "export": "Fold, write ONNX or a TensorRT engine, verify the written file.",
+    "swap": "Norms into norms that fold, or run in integers, fitted to data.",
+    "recalibrate": "Statistics of norms from data; a model file that folds afterwards.",
+    "quantize": "Conv and Linear layers into integers, calibrated on data or to be trained.",
     "verify": "Does B compute what A computes?",
+    "bench": "Latency of a model, unfolded and folded, on the backends of this machine.",
     "doctor": "Versions, devices, and what works here.",
 }
 

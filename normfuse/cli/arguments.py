@@ -96,6 +96,22 @@ class AxisType(click.ParamType):
         return value
 
 
+class TargetsType(click.ParamType):
+    """``sm_86,sm_89``: the GPUs that an engine is for."""
+
+    name = "sm_NN[,sm_NN]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the targets, each once; a usage error names what is none."""
+        if isinstance(value, tuple):
+            return value
+        found = tuple(dict.fromkeys(part.strip().lower() for part in value.split(",")))
+        wrong = [part for part in found if not (part.startswith("sm_") and part[3:].isdecimal())]
+        if wrong:
+            self.fail(f"{wrong[0]!r} is not a target; write sm_86,sm_89", param, ctx)
+        return found
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Return one decorator for several, in the order in which ``--help`` shows them."""
 
@@ -147,6 +163,50 @@ count_option = click.option(
 tolerance_options = options(
     click.option("--rtol", type=click.FloatRange(min=0), help="Accept this difference, relative to the element."),
     click.option("--atol", type=click.FloatRange(min=0), help="Accept this difference."),
+)
+
+DATA = click.Path(exists=True, path_type=Path)
+
+precision_options = options(
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "fp16", "bf16", "mixed", "int8", "fp8"]),
+        help="Type of the numbers; fp32 if not given, and of an ONNX file its own.",
+    ),
+    click.option("--keep-fp32", multiple=True, metavar="GLOB", help="mixed: modules that stay in fp32, as norms do."),
+    click.option("--calib", type=DATA, help="Data for int8, fp8 and range checks: .npz, .npy, .pt or images."),
+    click.option(
+        "--calib-samples", type=click.IntRange(min=1), default=128, show_default=True, help="How much of it is used."
+    ),
+    click.option(
+        "--calib-method",
+        type=click.Choice(["minmax", "entropy", "percentile"]),
+        default="minmax",
+        show_default=True,
+        help="How int8 finds the range of an activation.",
+    ),
+    click.option(
+        "--qdq", type=click.Choice(["onnxruntime", "tensorrt"]), help="Who is to run an int8 ONNX file. [onnxruntime]"
+    ),
+    click.option(
+        "--min-cosine",
+        type=click.FloatRange(-1, 1),
+        default=0.9,
+        show_default=True,
+        help="int8, fp8: least cosine to the float64 run.",
+    ),
+)
+
+engine_options = options(
+    click.option("--min-shape", "smallest", type=ShapeType(), multiple=True, help="Engine: smallest shape."),
+    click.option("--opt-shape", "usual", type=ShapeType(), multiple=True, help="Engine: shape it is made fast for."),
+    click.option("--max-shape", "largest", type=ShapeType(), multiple=True, help="Engine: largest shape."),
+    click.option("--target", "targets", type=TargetsType(), default=(), help="Engine: GPUs it is for."),
+    click.option(
+        "--tensorrt", "package", type=click.Choice(["tensorrt_rtx", "tensorrt"]), help="Engine: which package builds."
+    ),
+    click.option("--timing-cache", type=FILE, help="Engine: file that makes the next build of tensorrt faster."),
+    click.option("--keep-onnx", is_flag=True, help="Engine: keep the ONNX file it was built from."),
 )
 
 output_option = click.option("-o", "--output", type=FILE, help="Where to write; beside the input if not given.")

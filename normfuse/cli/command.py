@@ -29,6 +29,7 @@ EXIT_CODES: dict[type[errors.NormfuseError], int] = {
     errors.LoadError: 4,
     errors.CaptureError: 4,
     errors.DeployedModelError: 4,
+    errors.OrderError: 4,
     errors.MissingDependencyError: 5,
 }
 

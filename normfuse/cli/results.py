@@ -91,6 +91,20 @@ def show_comparison(comparison: Comparison, out: Output) -> None:
         out.note(text)
 
 
+def show_change(comparison: Comparison, check: Check, what: str, out: Output) -> None:
+    """Print how far an approximate result is from its source, which fails only where a tolerance was given.
+
+    Raises:
+        VerificationError: The result leaves the tolerance; nothing has been written.
+    """
+    out.document["verify"] = comparison.to_dict()
+    top1 = f"  top-1 {comparison.top1[0]}/{comparison.top1[1]}" if comparison.top1 else ""
+    figures = f"max rel {comparison.max_rel:.2g}  cosine {comparison.cosine:.4f}{top1}"
+    out.field("agreement", f"{figures}  (not the same function; on calibration data)")
+    if tolerance_of(check) is not None:
+        require_passed(comparison, f"{what} leaves the tolerance", out)
+
+
 def require_passed(comparison: Comparison, what: str, out: Output) -> None:
     """Raise if a comparison failed.
 

@@ -81,6 +81,11 @@ def is_onnx(model: str) -> bool:
     return is_file(model) and sniff(model) is Format.ONNX
 
 
+def is_engine(model: str) -> bool:
+    """Return whether MODEL is a TensorRT engine: by its name, as what it holds is TensorRT's own affair."""
+    return is_file(model) and Path(model).suffix.lower() == ".engine"
+
+
 def load(request: Request) -> Source:
     """Load the model of a request, move it to the device and check that it can be worked on.
 

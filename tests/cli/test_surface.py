@@ -79,7 +79,8 @@ def test_no_arguments_prints_help_and_is_a_usage_error(run):
         (["fold", "model.pt", "--num-inputs", "0"], "0 is not in the range"),
         (["export", "model.pt", "-o", "model.tflite"], "should end in .onnx"),
         (["export", "model.pt", "--dynamic", "x:first"], "is not an axis"),
-        (["export", "model.pt", "--precision", "int8"], "'int8' is not one of"),
+        (["export", "model.pt", "--precision", "int7"], "'int7' is not one of"),
+        (["export", "model.pt", "--precision", "int8"], "--precision int8 needs --calib"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(refuses, model_file, args: list[str], text: str):
