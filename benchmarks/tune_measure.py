@@ -11,12 +11,9 @@ included, above what was allocated before its first step.
 
 from __future__ import annotations
 
-import functools
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tune_modes import BASELINES, Variant
 from tune_networks import Batch
+
+from normfuse.latency import memory
 
 Mark = Any  # a time, or an event on a GPU
 
@@ -119,58 +118,13 @@ def saved_bytes(made: Variant, batch: Batch) -> int:
 
 def peak_bytes(made: Variant, batch: Batch) -> int:
     """Return the peak of what two steps allocate, gradients included."""
-    if next(made.model.parameters()).is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _two_steps(made, batch)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    _start_profiler()
-    return _in_new_thread(lambda: _peak_on_cpu(made, batch))
 
+    def two_steps() -> None:
+        for _ in range(2):
+            made.loss(batch).backward()
+            made.clear()
 
-@functools.cache
-def _start_profiler() -> None:
-    """Profile nothing, once, in the main thread, where the profiler wants to be started first; and quietly."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with _memory_profile():
-        pass
-
-
-def _memory_profile() -> torch.profiler.profile:
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-
-
-def _two_steps(made: Variant, batch: Batch) -> None:
-    for _ in range(2):
-        made.loss(batch).backward()
-        made.clear()
-
-
-def _peak_on_cpu(made: Variant, batch: Batch) -> int:
-    with _memory_profile() as profile:
-        _two_steps(made, batch)
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events: list[Any] = profile.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    live = peak = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        live += change.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def _in_new_thread(call: Callable[[], int]) -> int:
-    """Run where no memory that a thread keeps has been allocated before, so that it counts."""
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(call()))
-    thread.start()
-    thread.join()
-    if not found:
-        raise RuntimeError("memory could not be measured")
-    return found[0]
+    return memory.peak_bytes(two_steps, on_gpu=next(made.model.parameters()).is_cuda)
 
 
 # correctness

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli import arguments, calibration_data, inputs, results, source
+from normfuse.cli import arguments, calibrated, calibration_data, results, source
 from normfuse.cli.arguments import Check, Request
 from normfuse.cli.command import Command
-from normfuse.cli.fold import default_path, remember_inputs
 from normfuse.cli.output import Output
 from normfuse.errors import LoadError, RequirementError
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from normfuse.outputs import Inputs
     from normfuse.pipeline import Result
 
-DATA = click.Path(exists=True, path_type=Path)
-SAMPLES = click.IntRange(min=1)
 WORST = 5
 """How many layers are printed, those with the largest errors, unless all are asked for."""
 
@@ -47,9 +44,8 @@ scheme_options = arguments.options(
     click.option("--keep-last", is_flag=True, help="Leave the last layer in floating point."),
 )
 data_options = arguments.options(
-    click.option("--calib", type=DATA, help="Data: .npz, .npy, .pt, or a folder of images."),
-    click.option("--batch-size", type=SAMPLES, default=32, show_default=True, help="Samples in a batch."),
-    click.option("--max-samples", type=SAMPLES, default=512, show_default=True, help="Samples to take from the data."),
+    click.option("--calib", type=arguments.DATA, help="Data: .npz, .npy, .pt, or a folder of images."),
+    calibrated.batch_options,
     click.option("--no-fold", is_flag=True, help="Do not fold the norms first."),
     click.option("--for-training", is_flag=True, help="Layers that quantize afresh at each step; takes no data."),
     click.option(
@@ -57,8 +53,7 @@ data_options = arguments.options(
     ),
 )
 selection_options = arguments.options(
-    click.option("--include", multiple=True, metavar="GLOB", help="Only layers with such names."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="No layers with such names."),
+    calibrated.globs("layers"),
     click.option("--require-all", is_flag=True, help="Exit with 3 if a layer is left that was not excluded."),
 )
 
@@ -91,25 +86,23 @@ def command(
     export writes such a file as ONNX. With --for-training they quantize afresh at each step. Writes MODEL.quantized.pt
     unless -o is given.
     """
-    target = results.destination(
-        output, default_path(request, ".quantized.pt"), force=out.force, extensions=(".pt", ".pth", ".safetensors")
-    )
+    target = calibrated.destination(output, request, "quantized", out)
     _require_one_mode(calib, for_training, options)
     if source.is_onnx(request.model):
         raise LoadError(f"{request.model}: quantize the torch model; normfuse export then writes it as ONNX")
     loaded = source.load(request)
     if calib is None:
-        example = source.example_for(loaded, request, out)
-        result, data = _run(loaded.model, None, example.inputs, out, options), [example.inputs]
+        example = source.example_for(loaded, request, out).inputs
+        result, data = _run(loaded.model, None, example, out, options), [example]
     else:
         data = calibration_data.read(calib, loaded.model, batch_size=batch_size, limit=max_samples)
-        example = inputs.Example(inputs.placed(data[0], loaded.model, request.device), "--calib")
-        _describe(loaded, example, calib, request, out)
-        result = _run(loaded.model, data, example.inputs, out, options)
-    if not check.no_verify:
-        _compare(loaded.model, result.model, data, check, out)
-    remember_inputs(result.model, inputs.specification(loaded.model, data[0]))
-    _write(result.model, loaded, target, request, out, trains=for_training)
+        example = calibrated.describe(loaded, data, calib, request, out)
+        result = _run(loaded.model, data, example, out, options)
+    calibrated.compare(loaded.model, result.model, data, check, "quantized", out)
+    calibrated.write(result.model, loaded, data[0], target, request, "quantized", out)
+    file = str(target)
+    load = f"python: normfuse.load({file!r}).train()"
+    results.show_next(load if for_training else f"normfuse export {shlex.quote(file)}", out)
     out.finish()
 
 
@@ -122,18 +115,6 @@ def _require_one_mode(calib: Path | None, for_training: bool, options: dict[str,
         )
     if not for_training and options["grad_bits"] is not None:
         raise click.UsageError("--grad-bits is for --for-training: a calibrated model takes no gradient")
-
-
-def _describe(loaded: source.Source, example: inputs.Example, calib: Path, request: Request, out: Output) -> None:
-    shapes = inputs.describe(loaded.model, example.inputs)
-    problem = inputs.failure(loaded.model, example.inputs)
-    if problem:
-        raise LoadError(f"{calib}: the model does not run on {shapes}: {problem}")
-    out.document["environment"] = source.environment(request.device)
-    out.document["model"] = loaded.describe(example)
-    out.field("model", f"{loaded.name}  input {shapes}")
-    for text in loaded.notes:
-        out.note(text)
 
 
 def _run(
@@ -166,9 +147,7 @@ def _show(result: Result[Any], layers: dict[str, Any], out: Output) -> None:
             "errors", "on the calibration data, largest first" if len(shown) == len(worst) else f"largest {WORST}"
         )
         out.rows([("    layer", "error", "range ratio", "groups"), *(_row(layer) for layer in shown)])
-    left = [o for o in outcomes if o.status.name != "APPLIED"]
-    if left:
-        out.rows([(f"    {status}", what, why) for status, what, why in (o.line() for o in left)])
+    calibrated.show_left(outcomes, out)
 
 
 def _row(layer: Any) -> tuple[str, ...]:
@@ -181,33 +160,3 @@ def _require(result: Result[Any], out: Output, options: dict[str, Any]) -> None:
         out.finish()
         names = ", ".join(o.subject for o in refused[:3])
         raise RequirementError(f"--require-all: {len(refused)} layers are left ({names})")
-
-
-def _compare(model: nn.Module, quantized: nn.Module, data: list[Inputs], check: Check, out: Output) -> None:
-    """Show how far the quantized model is from its source; a failure only where a tolerance was given."""
-    from normfuse.verify import verify
-
-    tolerance = results.tolerance_of(check)
-    device = str(next(model.parameters()).device)
-    with out.step("comparing"):
-        comparison = verify(model, quantized, inputs.placed(data[-1], model, device), tolerance=tolerance)
-    out.document["verify"] = comparison.to_dict()
-    top1 = f"  top-1 {comparison.top1[0]}/{comparison.top1[1]}" if comparison.top1 else ""
-    out.field(
-        "agreement", f"max rel {comparison.max_rel:.2g}  cosine {comparison.cosine:.4f}{top1}  (not the same function)"
-    )
-    if tolerance is not None:
-        results.require_passed(comparison, "the quantized model leaves the tolerance", out)
-
-
-def _write(
-    model: nn.Module, loaded: source.Source, target: Path, request: Request, out: Output, *, trains: bool
-) -> None:
-    from normfuse import serialize
-
-    with out.step("writing"):
-        kwargs = dict(request.arch_kwargs) if loaded.arch else None
-        serialize.save(model.cpu(), target, arch=loaded.arch, arch_kwargs=kwargs)
-    results.show_file(target, out, format="quantized")
-    file = shlex.quote(str(target))
-    results.show_next(f"python: normfuse.load({str(target)!r}).train()" if trains else f"normfuse export {file}", out)

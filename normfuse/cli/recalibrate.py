@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli import arguments, calibration_data, inputs, results, source
+from normfuse.cli import arguments, calibrated, calibration_data, results, source
 from normfuse.cli.arguments import Check, Request
 from normfuse.cli.command import Command
-from normfuse.cli.fold import default_path, remember_inputs
 from normfuse.cli.output import Output
 from normfuse.errors import LoadError, RequirementError
 
@@ -34,25 +33,15 @@ data_options = arguments.options(
     ),
     click.option("--weight", type=click.FloatRange(0, 1), help="Of the data in the mixture; 1, or 0.1 for alpha."),
     click.option("--order", type=click.Choice(["parallel", "sequential"]), help="All norms at once, or one by one."),
-    click.option(
-        "--calib",
-        type=click.Path(exists=True, path_type=Path),
-        required=True,
-        help="Data: .npz, .npy, .pt, or a folder of images.",
-    ),
-    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Samples in a batch."),
-    click.option("--max-samples", type=click.IntRange(min=1), default=512, show_default=True, help="Samples to take."),
-)
-selection_options = arguments.options(
-    click.option("--include", multiple=True, metavar="GLOB", help="Only norms with such names."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="No norms with such names."),
+    calibrated.calib_option,
+    calibrated.batch_options,
 )
 
 
 @click.command("recalibrate", cls=Command)
 @arguments.model_argument
 @data_options
-@selection_options
+@calibrated.globs("norms")
 @arguments.output_option
 @arguments.loading_options
 @arguments.verify_option
@@ -73,33 +62,17 @@ def command(
     The result is not the same function. It must come before folding, which puts the statistics into weights. Writes
     MODEL.recalibrated.pt unless -o is given; normfuse fold takes it.
     """
-    target = results.destination(
-        output, default_path(request, ".recalibrated.pt"), force=out.force, extensions=(".pt", ".pth", ".safetensors")
-    )
+    target = calibrated.destination(output, request, "recalibrated", out)
     if source.is_onnx(request.model):
         raise LoadError(f"{request.model}: the norms of an ONNX file stay; recalibrate the torch model")
     loaded = source.load(request)
     batches = calibration_data.read(calib, loaded.model, batch_size=batch_size, limit=max_samples)
-    _describe(loaded, batches, calib, request, out)
-    result = _recalibrate(loaded.model, batches, options, out)
-    if not check.no_verify:
-        _compare(loaded.model, result.model, batches, check, out)
-    remember_inputs(result.model, inputs.specification(loaded.model, batches[0]))
-    _write(result.model, loaded, target, request, out)
+    calibrated.describe(loaded, batches, calib, request, out)
+    changed = _recalibrate(loaded.model, batches, options, out).model
+    calibrated.compare(loaded.model, changed, batches, check, "recalibrated", out)
+    calibrated.write(changed, loaded, batches[0], target, request, "recalibrated", out)
+    results.show_next(f"normfuse fold {shlex.quote(str(target))}", out)
     out.finish()
-
-
-def _describe(loaded: source.Source, batches: list[Inputs], calib: Path, request: Request, out: Output) -> None:
-    example = inputs.Example(inputs.placed(batches[0], loaded.model, request.device), "--calib")
-    problem = inputs.failure(loaded.model, example.inputs)
-    if problem:
-        shapes = inputs.describe(loaded.model, example.inputs)
-        raise LoadError(f"{calib}: the model does not run on {shapes}: {problem}")
-    out.document["environment"] = source.environment(request.device)
-    out.document["model"] = loaded.describe(example)
-    out.field("model", f"{loaded.name}  input {inputs.describe(loaded.model, example.inputs)}")
-    for text in loaded.notes:
-        out.note(text)
 
 
 def _recalibrate(model: nn.Module, batches: list[Inputs], options: dict[str, Any], out: Output) -> Result[Any]:
@@ -115,15 +88,6 @@ def _recalibrate(model: nn.Module, batches: list[Inputs], options: dict[str, Any
     return result
 
 
-def _compare(model: nn.Module, changed: nn.Module, batches: list[Inputs], check: Check, out: Output) -> None:
-    from normfuse.verify import verify
-
-    placed = inputs.placed(batches[-1], model, str(next(model.parameters()).device))
-    with out.step("comparing"):
-        comparison = verify(model, changed, placed, tolerance=results.tolerance_of(check))
-    results.show_change(comparison, check, "the recalibrated model", out)
-
-
 def _show(result: Result[Any], one: Recalibrate, out: Output) -> None:
     report = result.report
     out.document["pairs"] = [{**o.to_dict(), "moved": one.moved.get(o.subject)} for o in report.outcomes]
@@ -135,16 +99,4 @@ def _show(result: Result[Any], one: Recalibrate, out: Output) -> None:
         most = max(moved, key=lambda name: moved[name])
         mean = sum(moved.values()) / len(moved)
         out.field("moved", f"means of the data are {mean:.2g} deviations away, at most {moved[most]:.2g} ({most})")
-    left = [o for o in report.norms if o.status.name != "APPLIED"]
-    if left:
-        out.rows([(f"    {status}", what, why) for status, what, why in (o.line() for o in left)])
-
-
-def _write(model: nn.Module, loaded: source.Source, target: Path, request: Request, out: Output) -> None:
-    from normfuse import serialize
-
-    with out.step("writing"):
-        kwargs = dict(request.arch_kwargs) if loaded.arch else None
-        serialize.save(model.cpu(), target, arch=loaded.arch, arch_kwargs=kwargs)
-    results.show_file(target, out, format="recalibrated")
-    results.show_next(f"normfuse fold {shlex.quote(str(target))}", out)
+    calibrated.show_left(list(report.norms), out)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli import arguments, calibration_data, inputs, results, source
+from normfuse.cli import arguments, calibrated, calibration_data, results, source
 from normfuse.cli.arguments import Check, Request
 from normfuse.cli.command import Command
-from normfuse.cli.fold import default_path, remember_inputs
 from normfuse.cli.output import Output
 from normfuse.errors import LoadError, RequirementError
 
@@ -22,14 +21,10 @@ if TYPE_CHECKING:
     from normfuse.outputs import Inputs
     from normfuse.pipeline import Result
 
-DATA = click.Path(exists=True, path_type=Path)
-SAMPLES = click.IntRange(min=1)
-
 calibration_options = arguments.options(
     click.option("--to", type=click.Choice(["unified", "l1"]), required=True, help="The norm to swap to."),
-    click.option("--calib", type=DATA, required=True, help="Data: .npz, .npy, .pt, or a folder of images."),
-    click.option("--batch-size", type=SAMPLES, default=32, show_default=True, help="Samples in a batch."),
-    click.option("--max-samples", type=SAMPLES, default=512, show_default=True, help="Samples to take from the data."),
+    calibrated.calib_option,
+    calibrated.batch_options,
     click.option(
         "--order",
         type=click.Choice(["parallel", "sequential"]),
@@ -43,8 +38,7 @@ reconstruction_options = arguments.options(
     click.option("--checkpoint", type=arguments.FILE, help="Where to keep the fit, to go on after an interruption."),
 )
 selection_options = arguments.options(
-    click.option("--include", multiple=True, metavar="GLOB", help="Only norms with such names."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="No norms with such names."),
+    calibrated.globs("norms"),
     click.option("--require-swap", is_flag=True, help="Exit with 3 if a norm that runs is left."),
 )
 
@@ -76,33 +70,17 @@ def command(
     roots, which run in integers. The result is not the same function: it is fitted to the data, and should be
     fine-tuned. Writes MODEL.swapped.pt unless -o is given; normfuse fold takes it.
     """
-    target = results.destination(
-        output, default_path(request, ".swapped.pt"), force=out.force, extensions=(".pt", ".pth", ".safetensors")
-    )
+    target = calibrated.destination(output, request, "swapped", out)
     if source.is_onnx(request.model):
         raise LoadError(f"{request.model}: the norms of an ONNX file cannot be fitted; swap them in the torch model")
     loaded = source.load(request)
     batches = calibration_data.read(calib, loaded.model, batch_size=batch_size, limit=max_samples)
-    _describe(loaded, batches, calib, request, out)
-    swapped = _swap(loaded.model, batches, to, request.seed, out, options)
-    if not check.no_verify:
-        _compare(loaded.model, swapped.model, batches, check, out)
-    remember_inputs(swapped.model, inputs.specification(loaded.model, batches[0]))
-    _write(swapped.model, loaded, target, request, out)
+    calibrated.describe(loaded, batches, calib, request, out)
+    swapped = _swap(loaded.model, batches, to, request.seed, out, options).model
+    calibrated.compare(loaded.model, swapped, batches, check, "swapped", out)
+    calibrated.write(swapped, loaded, batches[0], target, request, "swapped", out)
+    results.show_next(f"normfuse fold {shlex.quote(str(target))}", out)
     out.finish()
-
-
-def _describe(loaded: source.Source, batches: list[Inputs], calib: Path, request: Request, out: Output) -> None:
-    example = inputs.Example(inputs.placed(batches[0], loaded.model, request.device), "--calib")
-    problem = inputs.failure(loaded.model, example.inputs)
-    if problem:
-        shapes = inputs.describe(loaded.model, example.inputs)
-        raise LoadError(f"{calib}: the model does not run on {shapes}: {problem}")
-    out.document["environment"] = source.environment(request.device)
-    out.document["model"] = loaded.describe(example)
-    out.field("model", f"{loaded.name}  input {inputs.describe(loaded.model, example.inputs)}")
-    for text in loaded.notes:
-        out.note(text)
 
 
 def _swap(
@@ -134,9 +112,7 @@ def _show(result: Result[Any], one: NormSwap, out: Output) -> None:
     if one.unexplained:
         mean = sum(one.unexplained.values()) / len(one.unexplained)
         out.field("fit", f"{one.family} leaves {mean:.1%} of the variance of a norm's output, {_worst(one)}")
-    left = [o for o in report.norms if o.status.name != "APPLIED"]
-    if left:
-        out.rows([(f"    {status}", what, why) for status, what, why in (o.line() for o in left)])
+    calibrated.show_left(list(report.norms), out)
 
 
 def _worst(one: NormSwap) -> str:
@@ -164,32 +140,3 @@ def _reconstruct(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     out.document["reconstruction"] = {"steps": options["reconstruct_steps"], "lr": options["lr"]}
-
-
-def _compare(model: nn.Module, swapped: nn.Module, batches: list[Inputs], check: Check, out: Output) -> None:
-    """Show how far the swapped model is from its source; a failure only where a tolerance was given."""
-    from normfuse.verify import verify
-
-    tolerance = results.tolerance_of(check)
-    with out.step("comparing"):
-        comparison = verify(model, swapped, inputs.placed(batches[-1], model, _device(model)), tolerance=tolerance)
-    out.document["verify"] = comparison.to_dict()
-    top1 = f"  top-1 {comparison.top1[0]}/{comparison.top1[1]}" if comparison.top1 else ""
-    figures = f"max rel {comparison.max_rel:.2g}  cosine {comparison.cosine:.4f}{top1}"
-    out.field("agreement", f"{figures}  (not the same function; on calibration data)")
-    if tolerance is not None:
-        results.require_passed(comparison, "the swapped model leaves the tolerance", out)
-
-
-def _device(model: nn.Module) -> str:
-    return str(next(model.parameters()).device)
-
-
-def _write(model: nn.Module, loaded: source.Source, target: Path, request: Request, out: Output) -> None:
-    from normfuse import serialize
-
-    with out.step("writing"):
-        kwargs = dict(request.arch_kwargs) if loaded.arch else None
-        serialize.save(model.cpu(), target, arch=loaded.arch, arch_kwargs=kwargs)
-    results.show_file(target, out, format="swapped")
-    results.show_next(f"normfuse fold {shlex.quote(str(target))}", out)
