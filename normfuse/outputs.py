@@ -79,3 +79,14 @@ def named_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def input_tensors(inputs: Any) -> Sequence[Tensor]:
     """Return the tensors among nested inputs, in order."""
     return [leaf for _, leaf in flatten(inputs) if isinstance(leaf, Tensor)]
+
+
+def resized(inputs: Any, batch: int) -> Any:
+    """Return inputs with ``batch`` rows, those given by turns, where a tensor has as many rows as the first one."""
+    given = input_tensors(inputs)[0].shape[0]
+
+    def resize(tensor: Tensor) -> Tensor:
+        rows = torch.arange(batch, device=tensor.device) % given
+        return tensor[rows] if tensor.dim() and tensor.shape[0] == given else tensor
+
+    return map_tensors(inputs, resize)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli import arguments, results, source
+from normfuse.cli import arguments, onnx_files, results, source
 from normfuse.cli.arguments import Request
 from normfuse.cli.command import Command
 from normfuse.cli.output import Output
@@ -96,7 +96,7 @@ def command(
 
 def _measure(request: Request, out: Output, options: dict[str, Any]) -> Benchmark:
     if source.is_onnx(request.model):
-        raise LoadError(f"{request.model}: an ONNX file has no unfolded torch model; give the model it was made from")
+        return _measure_file(request, out, options)
     loaded = source.load(request)
     example = source.example_for(loaded, request, out)
     from normfuse import latency
@@ -108,10 +108,26 @@ def _measure(request: Request, out: Output, options: dict[str, Any]) -> Benchmar
 
     with _usage():
         benchmark = latency.measure(loaded.model, example.inputs, name=loaded.name, track=track, **options)
+    return _shown(benchmark, out)
+
+
+def _measure_file(request: Request, out: Output, options: dict[str, Any]) -> Benchmark:
+    if options["on"] not in (None, ("onnxruntime",)):
+        raise click.UsageError(f"{request.model}: an ONNX file runs on onnxruntime, not on {', '.join(options['on'])}")
+    onnx_files.describe(request, out)
+    inputs = onnx_files.samples(request, 1, out)[0]
+    from normfuse import latency
+
+    chosen = {key: options[key] for key in ("batches", "seconds", "warmup")}
+    with out.step(f"{request.model}: onnxruntime"):
+        return _shown(latency.measure_file(request.model, inputs, **chosen), out)
+
+
+def _shown(benchmark: Benchmark, out: Output) -> Benchmark:
     out.rows(benchmark.table())
     for note in benchmark.notes:
         out.note(note)
-    out.field("exact", benchmark.conclusion())
+    out.field("folding", benchmark.conclusion())
     return benchmark
 
 

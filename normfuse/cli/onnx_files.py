@@ -34,18 +34,26 @@ def fold(request: Request, out: Output, include: Sequence[str], exclude: Sequenc
     from normfuse.lowering import graphs
 
     graphs.require()
-    from normfuse.lowering.onnx_fold import count_ops, fold_onnx
+    from normfuse.lowering.onnx_fold import fold_onnx
 
     path = Path(request.model)
     _check_finite(path)
     with out.step("folding"):
         result = fold_onnx(path, include=tuple(include), exclude=tuple(exclude))
+    describe(request, out)
+    return result
+
+
+def describe(request: Request, out: Output) -> None:
+    """Show what the file is."""
+    from normfuse.lowering.onnx_fold import count_ops
+
+    path = Path(request.model)
     out.document["environment"] = source.environment()
     out.document["model"] = {**source.file_entry(path), "name": path.stem, "format": "ONNX", "arch": None}
     count = sum(count_ops(path).values())
     out.document["model"]["nodes"] = count
     out.field("model", f"{path.name}  ONNX, {count} nodes")
-    return result
 
 
 def _check_finite(path: Path) -> None:
@@ -66,11 +74,11 @@ def check(request: Request, candidate: Path, how: Check, out: Output) -> Compari
     from normfuse.lowering.onnx_parity import compare_files
 
     with out.step("verifying"):
-        samples = _samples(request, how.num_inputs, out)
-        return compare_files(request.model, candidate, samples, tolerance=tolerance_of(how))
+        given = samples(request, how.num_inputs, out)
+        return compare_files(request.model, candidate, given, tolerance=tolerance_of(how))
 
 
-def _samples(request: Request, count: int, out: Output) -> list[dict[str, Tensor]]:
+def samples(request: Request, count: int, out: Output) -> list[dict[str, Tensor]]:
     """Return inputs for the file: those given, or random ones of its declared shapes, and variants of them."""
     import torch
 

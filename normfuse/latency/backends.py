@@ -84,23 +84,30 @@ def cuda_graph(model: nn.Module, inputs: Inputs, folder: Path, *, keep_norms: bo
 
 def onnxruntime(model: nn.Module, inputs: Inputs, folder: Path, *, keep_norms: bool) -> Prepared:
     """Run the model's ONNX file in ONNX Runtime, on as many threads as torch has."""
-    from normfuse.lowering import graphs, lower
-    from normfuse.lowering import onnxruntime as runtime
+    from normfuse.lowering import lower
 
     path = folder / "model.onnx"
     lower(model, path, inputs, fold_bn=not keep_norms)
     provider = "CUDAExecutionProvider" if _on_gpu(model) else "CPUExecutionProvider"
+    return of_file(path, named_inputs(model, inputs), folder, provider)
+
+
+def of_file(path: Path, inputs: Inputs, folder: Path, provider: str = "CPUExecutionProvider") -> Prepared:
+    """Run an ONNX file in ONNX Runtime, on as many threads as torch has."""
+    from normfuse.lowering import graphs
+    from normfuse.lowering import onnxruntime as runtime
+
     opened = runtime.session(path, providers=[provider], threads=torch.get_num_threads())
-    counts = graphs.op_counts(graphs.load(_optimized(path, provider)))
-    call, run = runtime.runner(opened, named_inputs(model, inputs)), functools.partial(runtime.run, opened)
+    counts = graphs.op_counts(graphs.load(_optimized(path, folder, provider)))
+    call, run = runtime.runner(opened, inputs), functools.partial(runtime.run, opened)
     return Prepared(call, path, sum(counts.values()), _norms(counts), run)
 
 
-def _optimized(path: Path, provider: str) -> Path:
+def _optimized(path: Path, folder: Path, provider: str) -> Path:
     """Return the file that ONNX Runtime makes of a file when it opens it."""
     from normfuse.lowering.onnxruntime import require
 
-    runtime, target = require(), path.with_suffix(".optimized.onnx")
+    runtime, target = require(), folder / f"{path.stem}.optimized.onnx"
     options = runtime.SessionOptions()
     options.log_severity_level, options.optimized_model_filepath = 3, str(target)
     runtime.InferenceSession(str(path), options, providers=[provider])

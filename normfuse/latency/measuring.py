@@ -1,8 +1,6 @@
 """Compare a model with its folded forms on several backends, in one run.
 
-The unfolded model takes two turns in each round. The ratio of the second to the first is the control: it would be 1 on
-a quiet machine, and how far its quartiles are from 1 is what no other ratio may be smaller than to mean anything.
-Every form is compared with the float64 run of the source before it is timed.
+Every form is compared with the float64 run of the source before it is timed (:mod:`normfuse.latency.groups`).
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normfuse import api, rerun, surgery
 from normfuse.capture import unwrap
@@ -20,11 +18,10 @@ from normfuse.errors import LoweringError, MissingDependencyError, NormfuseError
 from normfuse.graph import Inputs
 from normfuse.latency import backends
 from normfuse.latency.backends import BACKENDS, Prepared
-from normfuse.latency.clock import Spread, ratios, take_turns
-from normfuse.latency.memory import peak_bytes
+from normfuse.latency.groups import BASELINE, Group
 from normfuse.latency.results import Benchmark, Row
 from normfuse.order import is_folded
-from normfuse.outputs import input_tensors, map_tensors
+from normfuse.outputs import input_tensors, resized
 from normfuse.verify import verify
 
 VARIANTS: dict[str, Sequence[str]] = {"unfolded": (), "folded": ("fold-bn",), "exact": api.EXACT_PASSES}
@@ -64,7 +61,7 @@ def measure(
     """
     source = unwrap(model)
     chosen = _chosen(source, on, variants)
-    wanted = {form: passes for form, passes in VARIANTS.items() if form in variants or form == "unfolded"}
+    wanted = {form: passes for form, passes in VARIANTS.items() if form in variants or form == BASELINE}
     forms = {form: _form(source, passes, example_inputs) for form, passes in wanted.items()}
     first = input_tensors(example_inputs)[0]
     sizes = tuple(batches) or (first.shape[0] if first.dim() else 1,)
@@ -79,17 +76,6 @@ def measure(
                 raise
             notes.append(f"{name}, {backend}, batch {batch}: {error}")
     return Benchmark(tuple(rows), tuple(notes))
-
-
-def resized(inputs: Inputs, batch: int) -> Inputs:
-    """Return the inputs with ``batch`` rows, those of the example by turns, where a tensor has as many as the first."""
-    given = input_tensors(inputs)[0].shape[0]
-
-    def resize(tensor: Tensor) -> Tensor:
-        rows = torch.arange(batch, device=tensor.device) % given
-        return tensor[rows] if tensor.dim() and tensor.shape[0] == given else tensor
-
-    return map_tensors(inputs, resize)
 
 
 def _form(source: nn.Module, passes: Sequence[str], inputs: Inputs) -> nn.Module:
@@ -118,42 +104,16 @@ def _group(
 ) -> list[Row]:
     """Return the rows of one backend and batch."""
     on_gpu = next((p.is_cuda for p in source.parameters()), False)
+    precision = str(rerun.main_dtype(source) or torch.float32).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         prepared: dict[str, Prepared] = {}
         errors: dict[str, float] = {}
         for form, model in forms.items():
             own = Path(folder, form)
             own.mkdir()
-            prepared[form] = BACKENDS[backend](model, inputs, own, keep_norms=form == "unfolded")
+            prepared[form] = BACKENDS[backend](model, inputs, own, keep_norms=form == BASELINE)
             errors[form] = _checked(source, prepared[form], inputs, f"{form} on {backend}")
-        calls = {form: one.call for form, one in prepared.items()}
-        times = take_turns(
-            {**calls, "control": calls["unfolded"]},
-            seconds=seconds,
-            warmup=warmup,
-            on_gpu=on_gpu and backend != "onnxruntime",
-        )
-        peaks = {form: _peak(backend, call, on_gpu) for form, call in calls.items()}
-    control = Spread.of(ratios(times["control"], times["unfolded"]))
-    noise = max(abs(control.low - 1), abs(control.high - 1))
-    precision = str(rerun.main_dtype(source) or torch.float32).removeprefix("torch.")
-    return [
-        Row(
-            model=name,
-            variant=form,
-            backend=backend,
-            precision=precision,
-            batch=batch,
-            seconds=Spread.of(times[form]),
-            ratio=Spread.of(ratios(times[form], times["unfolded"])),
-            noise=noise,
-            peak_bytes=peaks[form],
-            nodes=one.nodes,
-            norms=one.norms,
-            max_rel=errors[form],
-        )
-        for form, one in prepared.items()
-    ]
+        return Group(name, backend, precision, batch, seconds, warmup, on_gpu).rows(prepared, errors)
 
 
 def _checked(source: nn.Module, prepared: Prepared, inputs: Inputs, what: str) -> float:
@@ -169,9 +129,3 @@ def _checked(source: nn.Module, prepared: Prepared, inputs: Inputs, what: str) -
     if not comparison:
         raise VerificationError(f"{what} does not compute what the model computes: {comparison}", comparison)
     return comparison.max_rel
-
-
-def _peak(backend: str, call: Callable[[], object], on_gpu: bool) -> int | None:
-    if backend in ("onnxruntime", "tensorrt", "cudagraph"):  # their memory is their own, or taken once
-        return None
-    return peak_bytes(call, on_gpu=on_gpu)

@@ -9,7 +9,7 @@ QUICK = ("--input-shape", "1,3,8,8", "--min-time", "0.01", "--warmup", "1")
 
 def test_table_and_json(run, model_file, folder: Path):
     result = run(
-        "bench", model_file, *QUICK, "--backend", "eager,onnxruntime", "--batch", "1,2", "--json", "bench.json"
+        "bench", model_file, *QUICK, "--backend", "eager", "--batch", "1,2", "--json", "bench.json"
     )
     assert result.exit_code == 0, result.output
     assert "baseline" in result.stdout
@@ -34,3 +34,10 @@ def test_bad_input(refuses, run, model_file):
     assert ".png" in refuses("bench", model_file, *QUICK, "--plot", "x.txt", code=2)
     run("fold", model_file, "--input-shape", "1,3,8,8")
     assert "folded already" in refuses("bench", "model.folded.pt", *QUICK, code=4)
+
+
+def test_onnx_file(run, refuses, model_file):
+    run("export", model_file, "--input-shape", "1,3,8,8")
+    result = run("bench", "model.onnx", "--min-time", "0.01", "--warmup", "1", "--json", "-")
+    assert [row["variant"] for row in json.loads(result.stdout)["bench"]] == ["unfolded", "folded"]
+    assert "runs on onnxruntime" in refuses("bench", "model.onnx", "--backend", "eager", code=2)

@@ -16,6 +16,7 @@ from normfuse.errors import MissingDependencyError, VerificationError
 from normfuse.latency import Row, Spread, backends, measuring
 from normfuse.latency.memory import peak_bytes
 from normfuse.latency.plot import plot
+from normfuse.outputs import resized
 from tests.parity import randomize_norms
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -99,10 +100,10 @@ def test_a_folded_model_has_nothing_to_compare_with(model: nn.Module):
 
 def test_resized_repeats_rows_of_what_has_the_batch():
     inputs = {"x": torch.arange(6).view(2, 3), "table": torch.ones(5, 3), "number": torch.tensor(1)}
-    resized = measuring.resized(inputs, 3)
-    assert resized["x"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
-    assert resized["table"].shape == (5, 3)
-    assert resized["number"].dim() == 0
+    found = resized(inputs, 3)
+    assert found["x"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    assert found["table"].shape == (5, 3)
+    assert found["number"].dim() == 0
 
 
 def row(low: float, median: float, high: float, noise: float) -> Row:
@@ -132,6 +133,17 @@ def test_peak_memory_of_a_call():
         return second
 
     assert 8 << 20 <= peak_bytes(call) < 9 << 20
+
+
+def test_onnx_file(model: nn.Module, tmp_path: Path):
+    path = tmp_path / "net.onnx"
+    normfuse.export(model, path, example_inputs=X, fold_bn=False, dynamic_axes=["input:0"])
+    found = latency.measure_file(path, {"input": X}, batches=[1, 4], **QUICK)
+    assert [(r.model, r.batch, r.variant) for r in found.rows] == [
+        ("net", batch, variant) for batch in (1, 4) for variant in ("unfolded", "folded")
+    ]
+    assert all(row.norms == 0 and row.max_rel < 1e-5 for row in found.rows), "the runtime folds by itself"
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
 
 
 def test_figure(tmp_path: Path):
