@@ -8,9 +8,7 @@ QUICK = ("--input-shape", "1,3,8,8", "--min-time", "0.01", "--warmup", "1")
 
 
 def test_table_and_json(run, model_file, folder: Path):
-    result = run(
-        "bench", model_file, *QUICK, "--backend", "eager", "--batch", "1,2", "--json", "bench.json"
-    )
+    result = run("bench", model_file, *QUICK, "--backend", "eager", "--batch", "1,2", "--json", "bench.json")
     assert result.exit_code == 0, result.output
     assert "baseline" in result.stdout
     document = json.loads(Path("bench.json").read_text())
