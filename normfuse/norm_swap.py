@@ -52,14 +52,16 @@ class NormSwap(Pass):
     Args:
         calibration: Data, as :class:`normfuse.calibration.Batches` takes it.
         order: ``"parallel"`` or ``"sequential"``.
+        start: Where gain and shift of the new norms come from, one of ``starts``.
         padding_mask: As for :class:`normfuse.calibration.Batches`.
         options: Further arguments of the new norms.
 
     Raises:
-        ValueError: There is no data, or the order is not known.
+        ValueError: There is no data, or the order or the start is not known.
     """
 
     exactness = Exactness.APPROXIMATE
+    starts: ClassVar[tuple[str, ...]]
     family: ClassVar[str] = "a fixed map"
     """What the new norms are, in a sentence on how well they fit."""
 
@@ -68,6 +70,7 @@ class NormSwap(Pass):
         calibration: Calibration | None = None,
         *,
         order: Order = "parallel",
+        start: str = "least-squares",
         padding_mask: PaddingMask | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -76,7 +79,10 @@ class NormSwap(Pass):
             raise ValueError(text)
         if order not in ORDERS:
             raise ValueError(f"order is one of {', '.join(ORDERS)}, not {order!r}")
+        if start not in self.starts:
+            raise ValueError(f"start is one of {', '.join(self.starts)}, not {start!r}")
         self.calibration, self.order, self.padding_mask = calibration, order, padding_mask
+        self.start = start
         self.options = dict(options or {})
         self.unexplained: dict[str, float] = {}
         self.track: Callable[[Iterable[Batch]], Iterable[Batch]] = iter

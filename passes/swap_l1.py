@@ -58,6 +58,7 @@ class SwapL1(NormSwap):
     """
 
     name = "swap-l1"
+    starts = STARTS
     family = "an L1 norm"
 
     def __init__(
@@ -65,17 +66,14 @@ class SwapL1(NormSwap):
         calibration: Calibration | None = None,
         *,
         order: Order = "sequential",
-        start: Start = "least-squares",
+        start: str = "least-squares",
         padding_mask: PaddingMask | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(calibration, order=order, padding_mask=padding_mask, options=options)
-        if start not in STARTS:
-            raise ValueError(f"start is one of {', '.join(STARTS)}, not {start!r}")
+        super().__init__(calibration, order=order, start=start, padding_mask=padding_mask, options=options)
         if set(self.options) - set(_DEFAULTS):
             raise ValueError(f"options of L1 norms are {', '.join(_DEFAULTS)}, not {', '.join(self.options)}")
         self.options = {**_DEFAULTS, **self.options}
-        self.start: Start = start
         self._factor = deviation_factor(self.options["gaussian"])
         self._deviations: dict[str, ChannelDeviation] = {}
 

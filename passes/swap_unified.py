@@ -12,16 +12,15 @@ It is not LayerNorm: fine-tune afterwards, or reconstruct (:func:`normfuse.recon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normfuse.base import Reason, Refused
-from normfuse.calibration import Calibration, Moments, PaddingMask
+from normfuse.calibration import Moments
 from normfuse.norm_forms import Form
-from normfuse.norm_swap import NormSwap, Order
+from normfuse.norm_swap import NormSwap
 from normfuse.surgery import Spec
 
 Start = Literal["least-squares", "copy"]
@@ -43,20 +42,7 @@ class SwapUnified(NormSwap):
     """
 
     name = "swap-unified"
-
-    def __init__(
-        self,
-        calibration: Calibration | None = None,
-        *,
-        order: Order = "parallel",
-        start: Start = "least-squares",
-        padding_mask: PaddingMask | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(calibration, order=order, padding_mask=padding_mask, options=options)
-        if start not in STARTS:
-            raise ValueError(f"start is one of {', '.join(STARTS)}, not {start!r}")
-        self.start: Start = start
+    starts = STARTS
 
     def replacement(self, form: Form, moments: Moments) -> tuple[Spec, dict[str, Tensor]]:
         """Return a UnifiedNorm with the second moment of the data, and gain and shift of the chosen start."""
