@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +14,13 @@ from torch import nn
 from tests.layers import synchronized_worker
 from tests.layers.running_norms import assert_same_state, power, train, unified
 from tests.parity import EXACT, error
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_two
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each of two processes saved."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    files = [folder / f"{rank}.pt" for rank in range(2)]
-    command = [sys.executable, "-m", "tests.layers.synchronized_worker"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen([*command, str(rank), "2", str(folder / "rendezvous"), str(file)], cwd=ROOT, env=environment)
-        for rank, file in enumerate(files)
-    ]
-    assert [process.wait(timeout=240) for process in running] == [0, 0]
-    return [torch.load(file) for file in files]
+    return run_two("tests.layers.synchronized_worker", tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("group", ["world", "group"])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +17,10 @@ from normfuse.layers.ghost_batch_norm import GhostBatchNorm2d
 from normfuse.statistics import adabn, correct_bias, reestimate, restore, snapshot
 from normfuse.statistics.moments import ChannelMoments
 from tests.parity import EXACT, error, outputs, randomize_norms
+from tests.processes import run_two
 from tests.statistics import reestimation_worker
 from tests.statistics.networks import images, network, norms_of
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT = 17
 
 
@@ -81,16 +77,7 @@ def test_the_mean_of_the_batches_variances_is_something_else():
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("two_processes")
-    files = [folder / f"{rank}.pt" for rank in range(2)]
-    command = [sys.executable, "-m", "tests.statistics.reestimation_worker"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen([*command, str(rank), "2", str(folder / "rendezvous"), str(file)], cwd=ROOT, env=environment)
-        for rank, file in enumerate(files)
-    ]
-    assert [process.wait(timeout=240) for process in running] == [0, 0]
-    return [torch.load(file) for file in files]
+    return run_two("tests.statistics.reestimation_worker", tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("order", ["parallel", "sequential"])
