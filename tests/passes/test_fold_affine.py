@@ -2,83 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 import normfuse
 from normfuse import surgery
-from normfuse.base import Reason
 from normfuse.layers import L1LayerNorm, L1RMSNorm
-from normfuse.report import Outcome, Status
-
-IMAGE = torch.linspace(-2, 3, 2 * 4 * 8 * 8, dtype=torch.float64).reshape(2, 4, 8, 8).sin()
-TOKENS = torch.linspace(-2, 3, 2 * 5 * 4, dtype=torch.float64).reshape(2, 5, 4).sin()
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Double precision, eval mode; the gains are negative, zero and positive."""
-    with torch.no_grad():
-        for name, parameter in model.double().named_parameters():
-            parameter.copy_(torch.randn_like(parameter))
-            if name.endswith("weight") and parameter.dim() == 1:
-                parameter[0] = 0
-    return model.eval()
-
-
-def folded(model: nn.Module, x: Tensor | None) -> normfuse.Result:
-    return normfuse.apply(model, ["fold-affine"], example_inputs=x)
-
-
-def assert_same(a: nn.Module, b: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(b(x), a(x), rtol=1e-10, atol=1e-10)
-
-
-def outcome(result: normfuse.Result, subject: str) -> Outcome:
-    (found,) = [o for o in result.report.outcomes if o.subject == subject]
-    return found
-
-
-def check(model: nn.Module, x: Tensor, *subjects: str) -> nn.Module:
-    """Fold a model and compare; exactly ``subjects`` must have been folded."""
-    model = randomised(model)
-    given = copy.deepcopy(model.state_dict())
-    result = folded(model, x)
-    assert_same(model, result.model, x)
-    assert {o.subject for o in result.report.applied} == set(subjects)
-    assert all(torch.equal(value, given[key]) for key, value in model.state_dict().items())
-    return result.model
-
-
-def refusal(model: nn.Module, x: Tensor | None, subject: str = "0") -> normfuse.Refusal:
-    model = randomised(model)
-    result = folded(model, x)
-    if x is not None:
-        assert_same(model, result.model, x)
-    found = outcome(result, subject)
-    assert found.status is Status.REFUSED
-    assert found.refusal is not None
-    return found.refusal
-
-
-class Calls(nn.Module):
-    """A model whose ``forward`` is a function of its children, which are the keyword arguments."""
-
-    def __init__(self, function: Any, **children: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
+from normfuse.report import Status
+from tests.passes.affine_models import IMAGE, TOKENS, Calls, Scale, assert_same, check, folded, outcome, randomised
 
 # norms, forwards
 
@@ -229,17 +164,6 @@ def test_structure_replays_on_a_fresh_model():
 # LayerScale, backwards
 
 
-class Scale(nn.Module):
-    def __init__(self, size: int, inplace: bool = False, shape: tuple[int, ...] = (-1,)) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(size))
-        self.inplace, self.shape = inplace, shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        gamma = self.gamma.reshape(self.shape)
-        return x.mul_(gamma) if self.inplace else x * gamma
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 def test_layer_scale_disappears(inplace: bool):
     done = check(nn.Sequential(nn.Linear(4, 3), nn.Dropout(), Scale(3, inplace), nn.GELU()), TOKENS, "2")
@@ -296,144 +220,6 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.alpha + self.beta
-
-
-# refusals
-
-
-def test_refuses_zero_padding():
-    model = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 3, padding=1))
-    assert refusal(model, IMAGE).reason is Reason.NONZERO_PADDING
-
-
-def test_refuses_a_residual_reader():
-    def forward(m: Any, x: Tensor) -> Tensor:
-        y = m.norm(x)
-        return y + m.linear(y)
-
-    model = Calls(forward, norm=nn.LayerNorm(4), linear=nn.Linear(4, 4))
-    found = refusal(model, TOKENS, "norm")
-    assert found.reason is Reason.OPAQUE_OPERATION
-    assert "add" in found.detail
-
-
-def test_refuses_an_output_of_the_model():
-    assert refusal(nn.Sequential(nn.LayerNorm(4)), TOKENS).reason is Reason.EXTRA_CONSUMER
-
-
-def test_refuses_a_nonlinearity_on_both_sides():
-    found = refusal(nn.Sequential(nn.GELU(), Scale(4), nn.GELU()), TOKENS, "1")
-    assert found.reason is Reason.OPAQUE_OPERATION
-    assert "backwards" in found.detail
-    assert "forwards" in found.detail
-
-
-def test_refuses_a_tied_gain():
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    assert refusal(model, TOKENS).reason is Reason.SHARED_PARAMETER
-
-
-def test_refuses_a_gain_that_others_read():
-    def forward(m: Any, x: Tensor) -> Tensor:
-        return m.linear(m.norm(x)) + m.norm.weight
-
-    model = Calls(forward, norm=nn.LayerNorm(4), linear=nn.Linear(4, 4))
-    found = refusal(model, TOKENS, "norm")
-    assert found.reason is Reason.SHARED_PARAMETER
-    assert "add" in found.detail
-
-
-class Shifted(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + 1
-
-
-def test_refuses_a_computed_gain():
-    norm = parametrize.register_parametrization(nn.LayerNorm(4), "weight", Shifted())
-    assert refusal(nn.Sequential(norm, nn.Linear(4, 4)), TOKENS).reason is Reason.PARAMETRIZED
-
-
-class OnePlusLayerNorm(nn.LayerNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias)
-
-
-def test_refuses_a_gain_that_its_norm_computes():
-    model = nn.Sequential(OnePlusLayerNorm(4), nn.Linear(4, 4))
-    assert refusal(model, TOKENS).reason is Reason.PARAMETRIZED
-
-
-def test_refuses_a_shift_where_there_is_no_bias():
-    def forward(m: Any, x: Tensor) -> Tensor:
-        y = m.norm(x)
-        return m.attention(y, y, y, need_weights=False)[0]
-
-    model = Calls(forward, norm=nn.LayerNorm(4), attention=nn.MultiheadAttention(4, 2, bias=False, batch_first=True))
-    assert refusal(model, TOKENS, "norm").reason is Reason.NO_BIAS
-
-
-def test_refuses_a_hook():
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
-    model[0].register_forward_hook(lambda module, args, output: None)
-    assert refusal(model, TOKENS).reason is Reason.HAS_HOOKS
-
-
-def test_refuses_a_shared_consumer():
-    def forward(m: Any, x: Tensor) -> Tensor:
-        return m.linear(m.norm(x)) + m.linear(x)
-
-    model = Calls(forward, norm=nn.LayerNorm(4), linear=nn.Linear(4, 4))
-    assert refusal(model, TOKENS, "norm").reason is Reason.SHARED_MODULE
-
-
-class TwoGains(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer_norm = SwitchingLayerNorm(4)
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.layer_norm(self.layer_norm(x, 0), 1))
-
-
-class SwitchingLayerNorm(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
-
-    def forward(self, x: Tensor, which: int) -> Tensor:
-        return F.layer_norm(x, (4,), (self.first, self.second)[which])
-
-
-def test_refuses_a_norm_with_a_gain_per_call():
-    assert refusal(TwoGains(), TOKENS, "layer_norm").reason is Reason.SHARED_MODULE
-
-
-def test_refuses_when_the_rank_is_unknown():
-    assert refusal(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), None).reason is Reason.RANK_UNKNOWN
-
-
-def test_refuses_a_partial_capture():
-    def forward(m: Any, x: Tensor) -> Tensor:
-        return m.part(x) if x.sum() > 0 else x
-
-    part = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1))
-    assert refusal(Calls(forward, part=part), None, "part.1").reason is Reason.PARTIAL_CAPTURE
-
-
-def test_refuses_a_map_along_another_axis():
-    model = nn.Sequential(nn.GroupNorm(1, 5), nn.Linear(4, 3))
-    assert refusal(model, TOKENS).reason is Reason.AXIS
-
-
-def test_refuses_values_out_of_range():
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)).half().eval()
-    for name in ("0.weight", "1.weight"):
-        nn.init.constant_(model.get_parameter(name), 300)
-    found = outcome(folded(model, TOKENS.half()), "0").refusal
-    assert found is not None
-    assert found.reason is Reason.RANGE
 
 
 # real blocks
