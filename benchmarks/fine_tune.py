@@ -1,11 +1,11 @@
 """Fine-tune one network in four modes on the same batches: how far they part from Eval, and what they keep.
 
-    python benchmarks/fine_tune.py [--seeds 3] [--steps 100] [--out out]
+    python benchmarks/fine_tune.py [--seeds 3] [--steps 100] [--out benchmarks/results]
 
 A network that was trained on one set of digits is fine-tuned on another (``digits.py``). After every step the models
 are compared by the weights that they would have when folded, ``a W`` and ``beta - a mean``, which all of them have. For
 a measure of what rounding alone does, Eval runs a second time with every parameter moved by its last bit. The folder
-gets ``fine-tune.json`` with everything measured, and ``fine-tune.png``.
+gets ``fine_tune.json`` with everything measured, and ``fine_tune.png``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import _fine_tune_figure as figure
 import digits
 import torch
 import torch.nn.functional as F
+from _environment import environment
 from digits import Digits, Net
 from torch import Tensor, nn
 
 import normfuse
 
-OUT = Path(__file__).resolve().parents[1] / "out"
+OUT = Path(__file__).resolve().parent / "results"
 LEARNING_RATE, MOMENTUM = 0.02, 0.9
 PRETRAINING = 2500  # digits
 FINE_TUNING = 400
@@ -76,8 +77,10 @@ def main() -> int:
     for line in summary(runs):
         print(line)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "fine-tune.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-    path = figure.draw(options.out / "fine-tune.png", runs)
+    settings = {"steps": options.steps, "pretraining_steps": options.pretraining_steps, "rate": LEARNING_RATE}
+    document = {"environment": environment(), "settings": settings | {"momentum": MOMENTUM}, "runs": runs}
+    (options.out / "fine_tune.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path = figure.draw(options.out / "fine_tune.png", runs)
     print(f"\nCurves: {os.path.relpath(path)}")
     return 0
 
@@ -87,7 +90,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="networks, each with batches of its own (default 3)")
     parser.add_argument("--steps", type=int, default=100, help="steps of fine-tuning (default 100)")
     parser.add_argument("--pretraining-steps", type=int, default=200, help="steps of training before (default 200)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for what is measured (default out)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="folder for what is measured"
+    )
     return parser.parse_args()
 
 

@@ -32,8 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     assert "| Tune |" in done.stdout
-    assert (out / "fine-tune.png").stat().st_size > 10_000
-    (found,) = json.loads((out / "fine-tune.json").read_text())
+    assert (out / "fine_tune.png").stat().st_size > 10_000
+    (found,) = json.loads((out / "fine_tune.json").read_text())["runs"]
     return found
 
 
