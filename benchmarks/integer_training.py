@@ -11,7 +11,8 @@ convolution and linear layer runs on operands of 8, 6 or 4 bits, forward and bac
     shiftquant    scales a power of two apart, 4 groups along the axis of the sum
     per-channel   a scale for each index of that axis: what no grouping can do better than; not a plain integer product
 
-Each run is written to the result file when it is done, and is not run again: stop and go on as you like.
+Each run is written to the result file when it is done, and is not run again: stop and go on as you like. A run whose
+values stop being finite is counted as diverged, and its accuracy is that of guessing.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ STEPS = {"resnet": 160, "vit": 300}
 BITS = {"resnet": (8, 6, 4), "vit": (8, 6)}
 BASELINES = ("per-tensor", "per-channel")
 METHODS = ("per-tensor", "shiftquant", "per-channel")
+CHANCE = 0.1
 PUBLISHED = {"resnet": {4: 0.92}, "vit": {6: 0.61}}
 """Loss of accuracy in points that arXiv 2411.10948 states in its abstract, for its own networks and data."""
 
@@ -96,8 +98,13 @@ def train(net: str, variant: str, seed: int) -> dict[str, Any]:
     start, losses = time.process_time(), []
     for images, labels in known.batches(steps, seed):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        try:
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+        except ValueError as error:  # a quantizer has no grid for values that are not finite
+            if "NaN or infinity" not in str(error):
+                raise
+            return {"accuracy": CHANCE, "diverged_at": len(losses), "seconds": time.process_time() - start}
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -126,6 +133,7 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
             "range": [min(scores), max(scores)],
             "loss_points": statistics.fmean(losses) if losses else None,
             "seeds": len(seeds),
+            "diverged": sum("diverged_at" in runs[f"{name}/{seed}"] for seed in seeds),
         }
     return table
 
@@ -150,7 +158,8 @@ def main() -> None:
             if time.perf_counter() - started > options.seconds:
                 return
             found["runs"][key] = run = train(name.partition("/")[0], name.partition("/")[2], seed)
-            print(f"{key:<28} {run['accuracy']:.1%}  loss {run['loss']:.3f}  {run['seconds']:.0f} s", flush=True)
+            loss = f"loss {run['loss']:.3f}" if "loss" in run else f"diverged at step {run['diverged_at']}"
+            print(f"{key:<28} {run['accuracy']:.1%}  {loss}  {run['seconds']:.0f} s", flush=True)
             write(options.out, found["runs"])
     draw(options.out)
 
