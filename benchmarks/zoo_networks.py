@@ -194,13 +194,17 @@ def _torchvision() -> Iterator[Network]:
 
 
 def _raft(name: str, **arguments: Any) -> nn.Module:
-    """Build RAFT so that it runs in float64: its grid of coordinates is float32 whatever the weights are."""
+    """Build RAFT so that its grid of coordinates, float32 whatever the weights are, has their type."""
     from torchvision import models
     from torchvision.models.optical_flow import raft
 
-    make = raft.make_coords_grid
-    setattr(raft, "make_coords_grid", lambda *where, **options: make(*where, **options).double())  # noqa: B010
-    return models.get_model(name, **arguments)
+    make, model = raft.make_coords_grid, models.get_model(name, **arguments)
+
+    def typed(*where: Any, **options: Any) -> Any:
+        return make(*where, **options).to(next(model.parameters()).dtype)
+
+    setattr(raft, "make_coords_grid", typed)  # noqa: B010
+    return model
 
 
 def _group(module: str) -> str:

@@ -28,7 +28,7 @@ from torch import nn
 from normfuse import __version__, deploy, rerun
 from normfuse.errors import LoweringError, MissingDependencyError
 from normfuse.graph import Inputs
-from normfuse.lowering import graphs, onnx_functions, onnx_qdq, onnx_quantize
+from normfuse.lowering import graphs, onnx_functions, onnx_mends, onnx_qdq, onnx_quantize
 from normfuse.lowering.axes import Axes, DynamicAxes, dynamic_shapes, parse_axes, require_dynamic
 from normfuse.lowering.precision import Numbers, Placement, Precision, cast, require_weights_in_range
 from normfuse.lowering.staging import staged
@@ -107,6 +107,7 @@ def export_onnx(
     twin = onnx_functions.stand_in(twin) if norm_functions else twin
     twin = onnx_qdq.stand_in(twin, numbers.precision)
     program = _export(twin, inputs, dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
+    onnx_mends.mend(program.model)
     onnx_functions.define(program.model)
     _describe(program.model, deploy.manifest_of(model))
     with staged(path) as target:

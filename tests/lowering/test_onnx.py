@@ -58,6 +58,17 @@ def shape_of(path: Path) -> list[str | int]:
     return [dim.dim_param or dim.dim_value for dim in dims]
 
 
+@pytest.mark.parametrize("fold_bn", [True, False])
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm3d(4)], ids=["alone", "with a norm"])
+def test_a_volume_convolution_without_bias_runs(norm: Any, fold_bn: bool, tmp_path: Path):
+    """The exporter gives it a bias that no runtime takes."""
+    model, x = nn.Sequential(nn.Conv3d(2, 4, 3, bias=False), norm(), nn.ReLU()).eval(), torch.randn(2, 2, 5, 5, 5)
+    export_onnx(model, tmp_path / "net.onnx", x, fold_bn=fold_bn)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert all(len(tensor.dims) != 2 for tensor in graph.initializer)
+    assert verify(model, tmp_path / "net.onnx", x)
+
+
 def test_the_file_is_described_and_computes_the_same(tmp_path: Path):
     model = Net()
     info = export_onnx(model, tmp_path / "net.onnx", image())
