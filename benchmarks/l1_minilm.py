@@ -1,6 +1,6 @@
 """MiniLM, trained weights, with L1 norms instead of LayerNorm: float, and int8 to int8, without labels.
 
-    python benchmarks/l1_minilm.py [--out benchmarks/results/l1_minilm.json] [--fit 96] [--held-out 100]
+    python benchmarks/l1_minilm.py [--out benchmarks/results/l1_minilm.json] [--fit 256] [--held-out 250]
 
 The starts of ``normfuse.swap_norms(to="l1")`` and the norm that only takes over gain and shift; the best of them
 reconstructed; then norms in integers. Around an integer norm, what it reads and writes is rounded to steps that are
@@ -38,7 +38,7 @@ from normfuse.quantization import IntegerL1LayerNorm
 
 HERE = Path(__file__).resolve().parent
 BATCH = 16
-RECONSTRUCTION = {"steps": 20, "lr": 1e-4, "end_to_end": 40}
+RECONSTRUCTION = {"steps": 60, "lr": 1e-4, "end_to_end": 160}
 BITS = (8, 6)
 CLIPS = [1 - 0.05 * i for i in range(18)]
 """Fractions of the largest magnitude among which the range of a tensor is chosen, by its squared error."""
@@ -204,8 +204,8 @@ def _write(path: Path, study: Study, records: list[dict[str, Any]]) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="swap the norms of MiniLM for L1 norms")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "l1_minilm.json")
-    parser.add_argument("--fit", type=int, default=96, help="sentences to calibrate and reconstruct on")
-    parser.add_argument("--held-out", type=int, default=100, help="sentences of each of two kinds to compare on")
+    parser.add_argument("--fit", type=int, default=256, help="sentences to calibrate and reconstruct on")
+    parser.add_argument("--held-out", type=int, default=250, help="sentences of each of two kinds to compare on")
     parser.add_argument("--kept", type=Path, default=HERE.parent / "out" / "l1_minilm", help="for checkpoints")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no network after as much CPU time")
     parser.add_argument("--fresh", action="store_true", help="forget what the result file holds")
