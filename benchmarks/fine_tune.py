@@ -90,9 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="networks, each with batches of its own (default 3)")
     parser.add_argument("--steps", type=int, default=100, help="steps of fine-tuning (default 100)")
     parser.add_argument("--pretraining-steps", type=int, default=200, help="steps of training before (default 200)")
-    parser.add_argument(
-        "--out", type=Path, default=OUT, help="folder for what is measured"
-    )
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for what is measured")
     return parser.parse_args()
 
 

@@ -1,12 +1,10 @@
-"""The effective weight of a pair in Tune mode that is not trained, kept for as long as it is right.
+"""What a pair in Tune mode keeps from call to call, and how it is told whether that is still right.
 
-Kept are ``a W`` and ``a (b - mean) + beta`` where the weight is smaller than the output (a copy of a larger one would
-cost more memory than Tune mode saves: there the output is scaled). Whether they are still right is judged at every
-call: by where the weight is and its version (raised by every write that autograd sees), and by the values (for writes
-through ``.data``, which it does not see), all of the vectors' and a sample of the weight's.
+Between two calls anything may write to a tensor: an optimizer, a user through ``.data``, which autograd does not see.
+So what is kept stands beside the look of the tensors that it was made from: where they are and what they hold.
 
-Only tensors in a CPU's memory are kept: to look at a GPU's would make the program wait for it. Nor is a weight kept
-under a process group, since sharding refills memory unseen.
+Only tensors in a CPU's memory are looked at: to look at a GPU's would make the program wait for it. Nor is anything
+kept under a process group, since sharding refills memory unseen.
 """
 
 from __future__ import annotations
@@ -17,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.layers.products import Product
-from normfuse.layers.scaled import Statistics, scaled
-
-_CHUNKS, _CHUNK = 8, 64  # what is looked at of a weight: so many pieces of so many bytes
+_CHUNK = 64  # bytes in each of the pieces that are looked at of a large tensor
 
 
 class Kept:
@@ -41,49 +36,28 @@ class Kept:
         return Kept, ()
 
 
-def effective_weight(
-    kept: Kept, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return ``a W``, in the layout of the weight, and ``a (b - mean) + beta``, ``(out,)``, both in ``dtype``."""
-    keeps = weight.is_cpu and not weight.is_inference() and not _distributed()
+def kept_rstd(kept: Kept, var: Tensor, eps: float) -> Tensor:
+    """Return ``1 / sqrt(var + eps)``, ``(C,)``, made again only where the variances or ``eps`` have changed."""
     seen, value = kept.entry
-    if keeps and isinstance(seen, _Seen) and value[0].dtype is dtype and seen.again(weight, bias, norm):
+    if isinstance(seen, tuple) and seen[0] == eps and seen[1].is_that_of(var):
         return value
     with torch.inference_mode(False), torch.no_grad():
-        scale = norm.scale()
-        value = scaled(weight, scale, product).to(dtype), norm.offset(scale, bias).to(dtype)
-    if keeps:
-        kept.entry = _Seen(weight, bias, norm), value
+        value = torch.rsqrt(var + eps)
+    if can_keep(var):
+        kept.entry = (eps, Look(var)), value
     return value
+
+
+def can_keep(tensor: Tensor) -> bool:
+    """Whether what is made from a tensor may be kept."""
+    return tensor.is_cpu and not tensor.is_inference() and not _distributed()
 
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-class _Seen:
-    """What a weight, its bias and the norm behind it looked like."""
-
-    __slots__ = ("eps", "vectors", "version", "weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, norm: Statistics) -> None:
-        self.eps, self.version = norm.eps, weight._version
-        self.weight = _Memory(weight, _CHUNKS)
-        self.vectors = [None if v is None else _Memory(v) for v in (bias, *norm[:4])]
-
-    def again(self, weight: Tensor, bias: Tensor | None, norm: Statistics) -> bool:
-        """Whether all of them look the same now."""
-        if norm.eps != self.eps or weight._version != self.version or not self.weight.is_that_of(weight):
-            return False
-        for seen, vector in zip(self.vectors, (bias, *norm[:4]), strict=True):
-            if (seen is None) != (vector is None):
-                return False
-            if seen is not None and vector is not None and not seen.is_that_of(vector):
-                return False
-        return True
-
-
-class _Memory:
+class Look:
     """Where a tensor was and what it held there, whole or in some pieces.
 
     The pieces are windows onto its memory, made once: to look through them again takes a fraction of a microsecond.

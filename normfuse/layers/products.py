@@ -84,7 +84,7 @@ class Convolution(NamedTuple):
 
     def by_output(self, weight: Tensor) -> Tensor:
         """Return the weight as it is, ``(out, in/g, *k)``, or of a transposed one ``(g, in/g, out/g, *k)``."""
-        return numerics.by_output(weight, self.groups, self.transposed)
+        return numerics.by_output(weight, self.groups, True) if self.transposed else weight
 
     def per_output(self, vector: Tensor, weight: Tensor) -> Tensor:
         """Return ``(out, 1, 1...)``, or of a transposed one ``(g, 1, out/g, 1...)``."""

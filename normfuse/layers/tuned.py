@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from normfuse.layers.clamp import Clamp
-from normfuse.layers.kept import Kept, effective_weight
+from normfuse.layers.effective_weight import effective_weight
+from normfuse.layers.kept import Kept
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import ScaledProduct, Statistics, needs_plain, plain, scaled_output
 
@@ -42,15 +43,17 @@ class Pairing:
     channels: slice | list[int] | None = None
     same: bool = False
     effective: Kept = field(default_factory=Kept)
+    rstd: Kept = field(default_factory=Kept)
 
-    def statistics(self) -> Statistics:
+    def statistics(self, *, keeps: bool) -> Statistics:
         """Return what the norm computes by at present, for the channels of the product."""
         norm: Any = self.norm
         gain, shift, mean, var, channels = norm.weight, norm.bias, norm.running_mean, norm.running_var, self.channels
         if channels is not None:
             gain, shift = (None if v is None else v[channels] for v in (gain, shift))
             mean, var = mean[channels], var[channels]
-        return Statistics(gain, shift, mean, var, norm.eps)
+        keeps = keeps and not isinstance(channels, list)  # which makes new vectors at every call
+        return Statistics(gain, shift, mean, var, norm.eps, self.rstd if keeps else None)
 
 
 class TunedLayer(nn.Module):
@@ -113,8 +116,9 @@ class TunedReLU6(TunedLayer):
 
 def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor:
     """Return the normalized product, by the way that costs least for what is trained."""
-    norm = pairing.statistics()
-    if needs_plain(x, weight):
+    traced = needs_plain(x, weight)
+    norm = pairing.statistics(keeps=not traced)
+    if traced:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return _normalize_after(x, weight, bias, norm, product)  # a compiler fuses it into what follows
         return plain(x, weight, bias, norm, product)
@@ -124,7 +128,7 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
         return product.run(x, weight, bias)  # raises what the plain layer raises
     training = torch.is_grad_enabled()
     if training and weight.requires_grad:
-        return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm, product))
+        return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
     if training and norm.gain is not None and norm.gain.requires_grad:
         return _normalize_after(x, weight, bias, norm, product)
     if product.output_size(x.shape, weight.shape) < weight.numel():
