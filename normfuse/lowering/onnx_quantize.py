@@ -4,7 +4,8 @@
 
 ONNX Runtime and TensorRT want them differently. ONNX Runtime fuses an operator only where its output is quantized as
 well, and is fastest with unsigned values. TensorRT takes symmetric scales (z = 0) in front of what multiplies, no
-quantized bias, and quantizes the rest as it sees fit. The quantizer is ``onnxruntime.quantization`` in both cases.
+quantized bias, and quantizes the rest as it sees fit. The quantizer is ``onnxruntime.quantization`` in both cases; of
+``fp8`` it finds the ranges (:mod:`.onnx_float8`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from normfuse.errors import LoweringError, MissingDependencyError
+from normfuse.lowering import onnx_float8
 from normfuse.lowering.onnxruntime import INSTALL
 from normfuse.lowering.precision import Numbers
 
@@ -64,6 +66,7 @@ def quantize_file(path: Path, data: Sequence[Mapping[str, Any]], numbers: Number
                 os.fspath(quantized),
                 _reader(quantization, prepared, data),
                 use_external_data_format=external,
+                nodes_to_exclude=onnx_float8.grouped_convolutions(prepared) if numbers.precision == "fp8" else [],
                 **_settings(quantization, numbers),
             )
         except Exception as error:  # the quantizer lets errors of any kind through
@@ -72,6 +75,8 @@ def quantize_file(path: Path, data: Sequence[Mapping[str, Any]], numbers: Number
                 f"{numbers.precision}: the calibration failed: {type(error).__name__}: {text}"
             ) from error
         _require_quantizers(quantized, numbers)
+        if numbers.precision == "fp8":
+            onnx_float8.from_integers(quantized, prepared)
         for file in Path(folder).glob(f"{path.name}*"):
             os.replace(file, path.parent / file.name)
 
@@ -97,9 +102,6 @@ def _settings(quantization: Any, numbers: Numbers) -> dict[str, Any]:
             "QuantizeBias": False,
             "OpTypesToExcludeOutputQuantization": MULTIPLYING,
         }
-    if numbers.precision == "fp8":  # its quantizer knows one scale per tensor, and one way to find it
-        fp8 = {"activation_type": kinds.QFLOAT8E4M3FN, "weight_type": kinds.QFLOAT8E4M3FN, "per_channel": False}
-        settings |= fp8 | {"calibrate_method": methods.Distribution}
     return settings
 
 
