@@ -107,7 +107,6 @@ def export_onnx(
     twin = onnx_functions.stand_in(twin) if norm_functions else twin
     twin = onnx_qdq.stand_in(twin, numbers.precision)
     program = _export(twin, inputs, dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
-    onnx_mends.mend(program.model)
     onnx_functions.define(program.model)
     _describe(program.model, deploy.manifest_of(model))
     with staged(path) as target:
@@ -158,6 +157,7 @@ def _export(
         raise LoweringError(_explain(error, dynamic=dynamic_shapes is not None)) from error
     if program is None:
         raise LoweringError("the exporter returned nothing")
+    onnx_mends.mend(program.model)
     return program
 
 
