@@ -9,9 +9,8 @@ With ``G = dJ/dz``, ``S = sum of G`` over all but the channels, and ``V`` the we
 
 (arXiv 2305.11624; ``<V, W>`` is the sum of products per output channel.) Only ``x`` is kept for backward beside the
 parameters and the statistics: ``a`` and ``a W`` are made again. Where the output is smaller than the weight, the output
-is scaled instead, and ``<V, W> = <dJ/dW, W> / a``. Between two convolutions, which sweep the caches, the first
-operation on even the smallest vector takes tens of microseconds: ``r``, which never changes, is kept, and operations
-are counted.
+is scaled instead, and ``<V, W> = <dJ/dW, W> / a``. Between two convolutions, which sweep the caches, operations on even
+the smallest vectors are slow, so there are few: ``r``, which never changes, is kept.
 """
 
 from __future__ import annotations

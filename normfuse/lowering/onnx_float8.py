@@ -33,7 +33,8 @@ QUANTIZED = "_quantized"  # what ONNX Runtime's quantizer appends to the name of
 def grouped_convolutions(path: Path) -> list[str]:
     """Return the names of the nodes that convolve in groups, as depthwise: E4M3 costs digits there and saves no time.
 
-    TensorRT has no fast kernels for them, and advises int8 for networks of them (release notes of 10.12, limitations).
+    TensorRT has no fast kernels for them, and advises int8 for networks of them (release notes of 10.12, as quoted in
+    NVIDIA/TensorRT issue 4524).
     """
     nodes = [node for node in graphs.load(path).graph.node if node.op_type in ("Conv", "ConvTranspose")]
     return [node.name for node in nodes if any(one.name == "group" and one.i > 1 for one in node.attribute)]

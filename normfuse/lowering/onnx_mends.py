@@ -1,6 +1,6 @@
 """What torch's exporter writes wrong, put right in its graph before it is saved.
 
-A 3-d convolution without bias is given one, zeros of shape ``(out, 2)`` (torch 2.12 to 2.15); the operator wants
+A 3-d convolution without bias is given one, zeros of shape ``(out, 2)`` (seen in torch 2.15); the operator wants
 ``(out,)`` or none, and no runtime takes it.
 """
 

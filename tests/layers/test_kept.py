@@ -173,6 +173,21 @@ def test_kept_while_nothing_changes(pair: nn.Sequential):
         assert pairing(tuned).effective.value is not first
 
 
+def test_reciprocal_deviations_are_kept_while_training(pair: nn.Sequential):
+    tuned = normfuse.tune_mode(pair)
+    step(tuned)
+    first = pairing(tuned).rstd.value
+    step(tuned)
+    assert pairing(tuned).rstd.value is first
+    tuned[1].running_var.data.mul_(2)
+    plain = normfuse.tune_mode(copy.deepcopy(tuned), False).eval()
+    for model in (plain, tuned):
+        model(picture()).square().sum().backward()
+    assert pairing(tuned).rstd.value is not first
+    for one, two in zip(plain.parameters(), tuned.parameters(), strict=True):
+        assert error(one.grad, two.grad) <= EXACT
+
+
 def test_weight_larger_than_the_output_is_not_kept(pair: nn.Sequential):
     """A copy of it would cost more memory than Tune mode saves; the output is scaled instead."""
     with torch.no_grad():
