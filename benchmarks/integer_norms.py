@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,16 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def built(folder: Path, *options: str) -> native_norms.Kernels:
+def built(folder: Path, *options: str) -> native_norms.IntegerNorms:
     """Return the L1 and L2 kernels, compiled for this processor."""
     target = folder / "integer_norms.so"
     source = Path(__file__).with_name("integer_l2.c")
-    native_norms.compile_library(source, target, [f"-I{native_norms.SOURCE.parent}", "-lm", *options])
-    return native_norms.Kernels(target)
+    library = replace(native_norms.LIBRARY, source=source, linked=("-lm",))
+    library.compile(target, [f"-I{native_norms.LIBRARY.source.parent}", *options])
+    return native_norms.IntegerNorms(target)
 
 
-def variants(libraries: dict[str, native_norms.Kernels], rows: int, size: int) -> dict[str, Callable[[], object]]:
+def variants(libraries: dict[str, native_norms.IntegerNorms], rows: int, size: int) -> dict[str, Callable[[], object]]:
     """Return the calls to time on the same rows; the L1 kernels are exact, those of L2 within a step of the formula."""
     x = (30 * torch.randn(rows, size)).round().clamp(-127, 127).to(torch.int8)
     values, copy = x.float(), torch.empty_like(x)
@@ -109,7 +111,7 @@ def variants(libraries: dict[str, native_norms.Kernels], rows: int, size: int) -
 
 
 def integer_variants(
-    library: native_norms.Kernels, x: Tensor, gain: Tensor, shift: Tensor, form: NormForm, suffix: str
+    library: native_norms.IntegerNorms, x: Tensor, gain: Tensor, shift: Tensor, form: NormForm, suffix: str
 ) -> dict[str, Callable[[], object]]:
     """Return the calls of one library, whose results are checked."""
     size = form.size

@@ -23,9 +23,10 @@ from torch._inductor import config as inductor
 from tune_networks import Batch, Network
 
 import normfuse
+from normfuse.layers import scaled_convolution
 
 SETTINGS = {"all": "all", "last-stage": "last-stage", "norm-only": "norm"}
-EAGER = ("train", "eval", "tune", "mmengine", "deploy")
+EAGER = ("train", "eval", "tune", "tune-kernels", "mmengine", "deploy")
 COMPILED = ("compiled-eval", "compiled-tune", "inductor-pass")
 BASELINES = ("deploy", "eval")
 
@@ -54,9 +55,9 @@ class Variant:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of one forward pass."""
-        if self.precision is None:
-            return self.network.loss(self.forward, batch)
-        with torch.autocast(next(self.model.parameters()).device.type, self.precision):
+        device = next(self.model.parameters()).device.type
+        plain = contextlib.nullcontext() if self.mode == "tune-kernels" else scaled_convolution.kernels.unused()
+        with plain, torch.autocast(device, self.precision, enabled=self.precision is not None):
             return self.network.loss(self.forward, batch)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -110,6 +111,13 @@ def _tune(model: nn.Module, network: Network, batch: Batch) -> nn.Module:
     return model
 
 
+def _tune_kernels(model: nn.Module, network: Network, batch: Batch) -> nn.Module:
+    if next(model.parameters()).is_cuda:
+        raise UnavailableError("the kernels are for CPUs")
+    normfuse.build_kernels("tune-mode")
+    return _tune(model, network, batch)
+
+
 def _mmengine(model: nn.Module, network: Network, _batch: Batch) -> nn.Module:
     if importlib.util.find_spec("mmengine") is None:
         raise UnavailableError("mmengine is not installed")
@@ -134,6 +142,7 @@ _MAKERS: dict[str, Callable[[nn.Module, Network, Batch], nn.Module]] = {
     "train": _train,
     "eval": _eval,
     "tune": _tune,
+    "tune-kernels": _tune_kernels,
     "mmengine": _mmengine,
     "deploy": _deploy,
     "compiled-eval": _eval,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RequirementError,
         VerificationError,
     )
+    from normfuse.kernels import build_kernels
     from normfuse.parameters import parameter_groups
     from normfuse.pipeline import Result
     from normfuse.quantizing import quantize
@@ -61,6 +62,7 @@ __all__ = [
     "Tolerance",
     "VerificationError",
     "apply",
+    "build_kernels",
     "compile",
     "export",
     "fold",
@@ -92,6 +94,7 @@ _NAMES = {
         "RequirementError",
         "VerificationError",
     ),
+    "kernels": ("build_kernels",),
     "parameters": ("parameter_groups",),
     "pipeline": ("Result",),
     "quantizing": ("quantize",),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
-    ("errors", "numerics", "adapters", "computed"),
+    ("errors", "numerics", "adapters", "computed", "native"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph"),
     ("capture", "outputs"),
@@ -30,7 +30,7 @@ LEVELS = (
     ("pipeline", "comparison", "activations", "ranges", "rerun", "divergence", "verify"),
     ("formats", "allowed_globals", "architectures", "exported_program", "stand_ins", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
-    ("api", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),
+    ("api", "kernels", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),
     ("latency",),
     ("compilation",),
     ("cli",),
@@ -38,6 +38,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SURFACE = {"api", "report", "errors", "verify", "formats", "serialize", "architectures", "lowering"}
 CLI_MAY = SURFACE | {"cli", "latency", "outputs", "rerun", "quantizing", "recalibrating", "swapping", "reconstruction"}
+CLI_MAY |= {"kernels"}
 ONNX_GRAPHS = ("lowering.onnx_fold", "lowering.onnx_graph")  # about ONNX through and through, and loaded late
 OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "tensorrt_rtx", "timm", "torchvision"}
 OPTIONAL |= {"transformers", "matplotlib"}

@@ -14,7 +14,7 @@ import normfuse
 PROMISED = {
     *("fold", "fold_bn", "inspect", "apply", "export", "verify", "save", "load"),
     *("quantize", "swap_norms", "reconstruct", "compile", "Compiled"),
-    *("tune_mode", "tuned", "parameter_groups"),
+    *("tune_mode", "tuned", "parameter_groups", "build_kernels"),
     *("Report", "Outcome", "Status", "Reason", "Refusal", "Result", "Comparison", "Tolerance"),
     *("NormfuseError", "CaptureError", "LoadError", "LoweringError", "RequirementError", "VerificationError"),
     *("MissingDependencyError", "DeployedModelError", "OrderError"),

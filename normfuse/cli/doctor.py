@@ -33,9 +33,11 @@ def command(out: Output) -> None:
     """Show versions and devices, and which parts work on this machine and why not."""
     import torch
 
+    from normfuse.kernels import built_kernels
+
     out.document["environment"] = source.environment()
     parts = {name: _part(*known) for name, known in PARTS.items()}
-    out.document |= {"parts": parts, "devices": _devices()}
+    out.document |= {"parts": parts, "devices": _devices(), "kernels": built_kernels()}
     out.rows(
         [
             ("  normfuse", normfuse.__version__, ""),
@@ -43,6 +45,7 @@ def command(out: Output) -> None:
             ("  torch", torch.__version__, f"{torch.get_num_threads()} threads on {', '.join(_devices())}"),
             *((f"  {name}", part["version"] or "missing", part["detail"]) for name, part in parts.items()),
             _engines(parts, _devices()),
+            _kernels(built_kernels()),
         ]
     )
     out.finish()
@@ -89,3 +92,10 @@ def _engines(parts: dict[str, Any], devices: list[str]) -> tuple[str, str, str]:
         return "  engines", "missing", "export -o MODEL.engine: pip install 'normfuse[tensorrt]'"
     where = "and run on this GPU" if len(devices) > 1 else "but do not run: no GPU"
     return "  engines", "yes", f"built by {', '.join(builders)} {where}"
+
+
+def _kernels(built: list[str]) -> tuple[str, str, str]:
+    """Return which compiled kernels are used here, and how to get them."""
+    if built:
+        return "  kernels", "yes", f"compiled for this processor: {', '.join(built)}"
+    return "  kernels", "not built", "faster Tune mode and integer norms on CPUs: normfuse.build_kernels()"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from normfuse.layers import scaled_convolution
 from normfuse.layers.clamp import Clamp
 from normfuse.layers.effective_weight import effective_weight
 from normfuse.layers.kept import Kept
@@ -128,7 +129,8 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
         return product.run(x, weight, bias)  # raises what the plain layer raises
     training = torch.is_grad_enabled()
     if training and weight.requires_grad:
-        return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
+        z = scaled_convolution.compiled(x, weight, bias, norm, product)
+        return z if z is not None else cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
     if training and norm.gain is not None and norm.gain.requires_grad:
         return _normalize_after(x, weight, bias, norm, product)
     if product.output_size(x.shape, weight.shape) < weight.numel():

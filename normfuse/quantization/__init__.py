@@ -9,7 +9,6 @@ from normfuse.quantization.integer_batch_norm import IntegerL1BatchNorm
 from normfuse.quantization.integer_token_norm import IntegerL1LayerNorm, IntegerL1RMSNorm
 from normfuse.quantization.matmul import Prepared, shiftquant_matmul
 from normfuse.quantization.modules import ShiftQuantConv1d, ShiftQuantConv2d, ShiftQuantLinear
-from normfuse.quantization.native_norms import build_kernels
 from normfuse.quantization.quantizing_layer import Precision
 from normfuse.quantization.shiftquant import Quantized, ShiftQuant
 
@@ -24,6 +23,5 @@ __all__ = [
     "ShiftQuantConv1d",
     "ShiftQuantConv2d",
     "ShiftQuantLinear",
-    "build_kernels",
     "shiftquant_matmul",
 ]

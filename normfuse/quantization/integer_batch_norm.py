@@ -102,6 +102,6 @@ class IntegerL1BatchNorm(IntegerNorm):
         self._check(x)
         if x.dim() < 2 or x.shape[1] != len(self.multiplier):
             raise ValueError(f"input {tuple(x.shape)} has not {len(self.multiplier)} channels on axis 1")
-        kernels = native_norms.kernels() if x.device.type == "cpu" else None
+        kernels = native_norms.kernels.get() if x.device.type == "cpu" else None
         apply = integer_arithmetic.affine if kernels is None else kernels.affine
         return apply(x, self.multiplier, self.addend, self.down, self.limit)

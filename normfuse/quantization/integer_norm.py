@@ -2,7 +2,7 @@
 
 An input is ``x = s_x x_q`` and an output ``y = s_y y_q``, with ``|y_q| <= 2^(b-1) - 1`` for b of 4 to 8 bits, held in
 int8; there is no zero point. :mod:`normfuse.quantization.integer_arithmetic` defines every result bit for bit, on any
-device. On CPUs the kernels of :func:`normfuse.quantization.build_kernels` give the same results many times faster, once
+device. On CPUs the kernels of :func:`normfuse.build_kernels` give the same results many times faster, once
 built; on CUDA a Triton kernel does, where Triton is installed. How far an output can be from the layer in floating
 point is ``error_bound()``; half a step of it is the rounding of the output itself. A reconstruction: the fully
 quantized layers of arXiv 2411.10948 are known by its abstract only.

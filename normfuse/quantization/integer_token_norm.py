@@ -130,7 +130,7 @@ class _IntegerTokenNorm(IntegerNorm):
             from normfuse.quantization import triton_norms
 
             apply = triton_norms.l1_rows
-        elif rows.device.type == "cpu" and (kernels := native_norms.kernels()) is not None:
+        elif rows.device.type == "cpu" and (kernels := native_norms.kernels.get()) is not None:
             apply = kernels.l1_rows
         return apply(rows, self.gain, self.shift, self.form, centred=self.source.centred)
 

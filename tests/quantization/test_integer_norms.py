@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normfuse import native
 from normfuse.errors import NormfuseError
 from normfuse.layers import L1BatchNorm1d, L1BatchNorm2d, L1LayerNorm, L1RMSNorm, PowerNorm
 from normfuse.quantization import (
     IntegerL1BatchNorm,
     IntegerL1LayerNorm,
     IntegerL1RMSNorm,
-    build_kernels,
     integer_arithmetic,
     native_norms,
 )
@@ -36,28 +37,28 @@ both = pytest.mark.parametrize("kind", INTEGER, ids=["layer", "rms"])
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Keep libraries in a folder of the test; without build_kernels there is none."""
+    """Keep libraries in a folder of the test; without a build there is none."""
     monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("NORMFUSE_KERNELS", raising=False)
-    native_norms.kernels.cache_clear()
+    native_norms.kernels.forget()
     yield tmp_path
-    native_norms.kernels.cache_clear()
+    native_norms.kernels.forget()
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> native_norms.Kernels:
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> native_norms.IntegerNorms:
     """Compile the kernels for this processor, without its VNNI, for AVX2, and without vector types."""
     target = tmp_path_factory.mktemp("kernels") / "kernels.so"
     if request.param == "-mavx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("the processor has no AVX2")
     plain = ["-march=x86-64"] if request.param in ("-mavx2", "-mno-sse3") else []
     compile_or_skip(target, [*plain, request.param] if request.param in ("-mavx2", "-mno-avx512vnni") else plain)
-    return native_norms.Kernels(target)
+    return native_norms.IntegerNorms(target)
 
 
 def compile_or_skip(target: Path, options: list[str]) -> None:
     try:
-        native_norms.compile_library(native_norms.SOURCE, target, options)
+        native_norms.LIBRARY.compile(target, options)
     except NormfuseError as error:
         pytest.skip(str(error))
 
@@ -144,7 +145,7 @@ def test_constant_rows_give_the_shift():
 
 
 @pytest.mark.parametrize(("size", "form"), [*itertools.product(SIZES, FORMS), (4096, FORMS[1]), (2**15, FORMS[2])])
-def test_kernels_equal_the_definition(library: native_norms.Kernels, size: int, form: tuple[int, int, int]):
+def test_kernels_equal_the_definition(library: native_norms.IntegerNorms, size: int, form: tuple[int, int, int]):
     x = hard_rows(size, seed=size)
     gain, shift = torch.randint(-32767, 32768, (2, size), generator=torch.Generator().manual_seed(size)).to(torch.int16)
     for eps, centred in itertools.product((0.0, 1e-3, 5.0, 4096.0), (True, False)):
@@ -154,7 +155,7 @@ def test_kernels_equal_the_definition(library: native_norms.Kernels, size: int, 
         assert library.l1_rows(x[:0], gain, shift, constants, centred=centred).shape == (0, size)
 
 
-def test_threads_share_the_rows(library: native_norms.Kernels, monkeypatch: pytest.MonkeyPatch):
+def test_threads_share_the_rows(library: native_norms.IntegerNorms, monkeypatch: pytest.MonkeyPatch):
     x = hard_rows(65).repeat(4, 1)
     gain, shift = torch.full((65,), 9000, dtype=torch.int16), torch.full((65,), 8, dtype=torch.int16)
     form = make_form(65, 1.0, 1e-3, 9, 4, 127)
@@ -170,7 +171,7 @@ def test_threads_share_the_rows(library: native_norms.Kernels, monkeypatch: pyte
 
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (2, 5, 7), (2, 5, 3, 65), (2, 5, 0), (1, 1, 1)])
 @pytest.mark.parametrize("limit", [7, 127])
-def test_affine_kernels_equal_the_definition(library: native_norms.Kernels, shape: tuple[int, ...], limit: int):
+def test_affine_kernels_equal_the_definition(library: native_norms.IntegerNorms, shape: tuple[int, ...], limit: int):
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
     multiplier = torch.randint(-(2**22), 2**22, shape[1:2], generator=generator).to(torch.int32)
@@ -246,7 +247,7 @@ def test_modules(kind: Any):
         assert torch.equal(module(x), expected)
     assert "input_scale=0.1" in repr(other)
     try:
-        build_kernels()
+        native_norms.kernels.build()
     except NormfuseError as error:
         pytest.skip(str(error))
     with torch.inference_mode():
@@ -258,59 +259,59 @@ def test_modules(kind: Any):
 def test_nothing_is_compiled_by_itself(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a process was started"))
     IntegerL1LayerNorm.from_float(layer(8), 0.1, 0.1)(hard_rows(8))
-    assert native_norms.kernels() is None
+    assert native_norms.kernels.get() is None
     assert not list(cache.iterdir())
 
 
 def test_built_once_and_found_by_other_processes(cache: Path, monkeypatch: pytest.MonkeyPatch):
     compile_or_skip(cache / "probe.so", [])
-    path = build_kernels()
+    path = native_norms.kernels.build()
     assert path.parent == cache
-    assert native_norms.kernels() is not None
-    code = "from normfuse.quantization import native_norms; print(native_norms.kernels().path)"
+    assert native_norms.kernels.get() is not None
+    code = "from normfuse.quantization import native_norms; print(native_norms.kernels.get().path)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(path)
     before = path.stat().st_mtime_ns
-    assert build_kernels() == path
+    assert native_norms.kernels.build() == path
     assert path.stat().st_mtime_ns == before
     monkeypatch.setenv("NORMFUSE_KERNELS", "0")
-    native_norms.kernels.cache_clear()
-    assert native_norms.kernels() is None
+    native_norms.kernels.forget()
+    assert native_norms.kernels.get() is None
 
 
 def test_damaged_and_foreign_libraries_are_not_used(cache: Path):
-    path = native_norms.library_path()
+    path = native_norms.LIBRARY.path
     path.write_bytes(b"not a library")
-    assert native_norms.kernels() is None
+    assert native_norms.kernels.get() is None
     with pytest.raises(NormfuseError, match="delete it"):
-        build_kernels()
+        native_norms.kernels.build()
     path.unlink()
     wrong = cache / "wrong.c"
-    wrong.write_text(native_norms.SOURCE.read_text().replace("+ 16384", "+ 16385").replace("mulhrs", "mulhi"))
+    wrong.write_text(native_norms.LIBRARY.source.read_text().replace("+ 16384", "+ 16385").replace("mulhrs", "mulhi"))
     try:
-        native_norms.compile_library(wrong, path)
+        replace(native_norms.LIBRARY, source=wrong).compile(path)
     except NormfuseError as error:
         pytest.skip(str(error))
-    assert native_norms.load(path) is None
+    assert native_norms.kernels.load(path) is None
 
 
 def test_library_that_others_can_write_is_not_used(cache: Path):
-    compile_or_skip(native_norms.library_path(), [])
-    assert native_norms.load(native_norms.library_path()) is not None
-    native_norms.library_path().chmod(0o777)
-    assert native_norms.load(native_norms.library_path()) is None
+    compile_or_skip(native_norms.LIBRARY.path, [])
+    assert native_norms.kernels.load(native_norms.LIBRARY.path) is not None
+    native_norms.LIBRARY.path.chmod(0o777)
+    assert native_norms.kernels.load(native_norms.LIBRARY.path) is None
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_failing_compiler_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str):
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(NormfuseError, match="cannot"):
-        build_kernels()
+        native_norms.kernels.build()
     assert not list(cache.iterdir())
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(native_norms.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(NormfuseError, match="install gcc"):
-        build_kernels()
+        native_norms.kernels.build()
 
 
 @pytest.mark.parametrize(
