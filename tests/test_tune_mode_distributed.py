@@ -18,12 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 WAYS = ("DDP before", "DDP after", "FSDP2")
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what the first of two processes saved."""
+@pytest.fixture(scope="module", params=["in Python", "compiled"])
+def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what the first of two processes saved, without and with the compiled kernels."""
     output = tmp_path_factory.mktemp("tune_mode") / "results.pt"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if request.param == "compiled":
+        folder = request.getfixturevalue("kernel_folder")
+        environment |= {"NORMFUSE_KERNELS": "1", "NORMFUSE_CACHE_DIR": str(folder)}
     subprocess.run(
         [*launch, "-m", "tests.tune_mode_worker", str(output)], cwd=ROOT, env=environment, timeout=240, check=True
     )

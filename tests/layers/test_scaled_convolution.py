@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,25 +29,10 @@ from tests.zoo import ZOO
 PLAIN = {name: product for name, product in CONVOLUTIONS.items() if not product.transposed}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the library, which all processes of the test run share."""
-    shared = tmp_path_factory.getbasetemp().parent / "kernels"
-    shared.mkdir(mode=0o700, exist_ok=True)
-    target = shared / scaled_convolution.library().path.name
-    with filelock.FileLock(shared / "lock"):
-        if not target.exists():
-            try:
-                scaled_convolution.library().compile(target)
-            except normfuse.NormfuseError as failure:
-                pytest.skip(str(failure))
-    return shared
-
-
 @pytest.fixture
-def operator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[scaled_convolution.Operator]:
+def operator(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[scaled_convolution.Operator]:
     """Turn the compiled operator on for one test."""
-    monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(folder))
+    monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(kernel_folder))
     monkeypatch.delenv("NORMFUSE_KERNELS", raising=False)
     scaled_convolution.kernels.forget()
     found = scaled_convolution.kernels.get()
