@@ -73,6 +73,7 @@ class Library:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise NormfuseError(f"{compiler} cannot compile {self.source.name}: {_first_error(done)}")
+                made.chmod(0o700)
                 os.replace(made, target)
         except OSError as error:
             raise NormfuseError(f"cannot build {target}: {error.strerror}; set NORMFUSE_CACHE_DIR") from error
@@ -138,13 +139,16 @@ class Kernels(Generic[T]):
         """Compile the library where it is not there already, or always with ``force``, and use it from now on.
 
         Raises:
-            NormfuseError: It cannot be compiled, or does not reproduce its definition.
+            NormfuseError: It cannot be compiled, others can write to its folder, or it does not reproduce its
+                definition.
         """
         library = self.library()
         target = library.path
         if force or not target.exists():
             library.compile(target)
         self.forget()
+        if not _is_private(target):
+            raise NormfuseError(f"others can write to {target.parent}: set NORMFUSE_CACHE_DIR to a folder of your own")
         if self.load(target) is None:
             raise NormfuseError(f"{target} does not reproduce its definition: delete it; everything works without it")
         return target
