@@ -69,6 +69,22 @@ def test_a_volume_convolution_without_bias_runs(norm: Any, fold_bn: bool, tmp_pa
     assert verify(model, tmp_path / "net.onnx", x)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_zeros_around_a_max_pool_stay_zeros(relu: bool, precision: Any, tmp_path: Path):
+    """ONNX Runtime moves them into the pool, which pads with minus infinity, where it can tell that they are zeros."""
+    layers = [nn.Conv2d(3, 4, 3), *[nn.ReLU()] * relu, nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    nn.init.constant_(model[0].bias, -9.0)  # type: ignore[arg-type]
+    assert export(model, tmp_path / "net.onnx", example_inputs=x, precision=precision).comparison
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    pad = next(node for node in graph.node if node.op_type == "Pad")
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert len(pad.input) == 3
+    assert (float(values[pad.input[2]]) == 0) == relu
+    assert len(values) == len({name for node in graph.node for name in node.input} & values.keys())
+
+
 def test_the_file_is_described_and_computes_the_same(tmp_path: Path):
     model = Net()
     info = export_onnx(model, tmp_path / "net.onnx", image())
