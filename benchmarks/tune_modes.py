@@ -174,7 +174,13 @@ def compile_now(made: Variant, batch: Batch, limit: float) -> dict[str, int]:
     graphs, matches = counters["stats"]["unique_graphs"], counters["inductor"]["efficient_conv_bn_eval"]
     with_pass = made.mode == "inductor-pass"
     try:
-        with _time_limit(limit), inductor.patch(efficient_conv_bn_eval_fx_passes=with_pass):
+        with (
+            _time_limit(limit),
+            inductor.patch(
+                efficient_conv_bn_eval_fx_passes=with_pass,
+                force_disable_caches=True,  # a graph from the cache was not matched in this run
+            ),
+        ):
             made.loss(batch).backward()
     except TimeoutError as error:
         raise UnavailableError(f"compilation stopped after {limit:.0f} s") from error
