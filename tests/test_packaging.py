@@ -50,6 +50,11 @@ def modules(folder: str) -> set[Path]:
     return {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
 
 
+def kernel_sources() -> set[str]:
+    """Return the files in C and C++, which are compiled on request."""
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "normfuse").rglob("*.[ch]*")}
+
+
 @pytest.mark.slow
 def test_wheel_holds_each_module_once(source: Path, tmp_path: Path):
     with zipfile.ZipFile(build("build_wheel", source, tmp_path)) as wheel:
@@ -59,7 +64,7 @@ def test_wheel_holds_each_module_once(source: Path, tmp_path: Path):
         Path("normfuse/passes") / p for p in modules("passes")
     }
     assert {Path(name) for name in names if name.endswith(".py")} == expected
-    assert "normfuse/py.typed" in names
+    assert {"normfuse/py.typed", *kernel_sources()} <= set(names)
 
 
 @pytest.mark.slow
@@ -67,7 +72,7 @@ def test_sdist_holds_the_passes_in_their_own_folder(source: Path, tmp_path: Path
     with tarfile.open(build("build_sdist", source, tmp_path)) as sdist:
         names = [n.partition("/")[2] for n in sdist.getnames()]
     assert {f"passes/{path}" for path in modules("passes")} <= set(names)
-    assert {"LICENSE", "README.md", "pyproject.toml", "normfuse/py.typed"} <= set(names)
+    assert {"LICENSE", "README.md", "pyproject.toml", "normfuse/py.typed", *kernel_sources()} <= set(names)
 
 
 def test_package_list_is_the_folders(project: dict):
