@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import ScaledProduct
 from tests.parity import EXACT, error
 
+Run = Callable[[list[Any], Any], Tensor]
 GAINS = [-1.5, 0.7, 1e-9, 2.0, -0.3, 1.0]
 CONVOLUTIONS = {
     f"{'transposed ' * transposed}{dims}d groups {groups}": Convolution(
@@ -55,8 +57,12 @@ def by_eval(values: list[Any], product: Product) -> Tensor:
     return (y - mean) / torch.sqrt(var + eps) * gain + shift
 
 
-def assert_equals_eval(values: list[Any], product: Product) -> None:
-    z, expected = ScaledProduct.apply(*values, product), by_eval(values, product)
+def by_python(values: list[Any], product: Product) -> Tensor:
+    return cast(Tensor, ScaledProduct.apply(*values, product))
+
+
+def assert_equals_eval(values: list[Any], product: Product, run: Run = by_python) -> None:
+    z, expected = run(values, product), by_eval(values, product)
     assert error(expected.detach(), z.detach()) <= EXACT
     trained = [t for t in values[:5] if t is not None]
     grad = torch.randn(z.shape, dtype=torch.float64)
@@ -100,6 +106,10 @@ def test_output_size_is_right(name: str):
 @pytest.mark.parametrize("size", SIZES.values())
 @pytest.mark.parametrize("product", [CONVOLUTIONS["1d groups 2"], CONVOLUTIONS["transposed 1d groups 2"], Matrix()])
 def test_gradients_of_every_subset(product: Product, size: int):
+    assert_subsets_equal_eval(product, size)
+
+
+def assert_subsets_equal_eval(product: Product, size: int, run: Run = by_python) -> None:
     """What is not asked for is not computed, and the rest is unchanged."""
     full = make(product, size)
     grad = torch.randn(by_eval(full, product).shape, dtype=torch.float64)
@@ -108,7 +118,7 @@ def test_gradients_of_every_subset(product: Product, size: int):
         if not any(wanted):
             continue
         values = [t.detach().requires_grad_(w) for t, w in zip(full[:5], wanted, strict=True)] + full[5:]
-        ScaledProduct.apply(*values, product).backward(grad)
+        run(values, product).backward(grad)
         for value, one, w in zip(values, expected, wanted, strict=False):
             assert (value.grad is not None) == w
             assert not w or error(one, value.grad) <= EXACT

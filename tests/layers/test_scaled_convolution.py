@@ -21,7 +21,15 @@ from normfuse.layers import scaled_convolution
 from normfuse.layers.products import Convolution
 from normfuse.layers.scaled import ScaledProduct
 from tests.gradients import assert_same, gradients, set_mode
-from tests.layers.test_scaled import CONVOLUTIONS, GAINS, SIZES, by_eval, make
+from tests.layers.test_scaled import (
+    CONVOLUTIONS,
+    GAINS,
+    SIZES,
+    assert_equals_eval,
+    assert_subsets_equal_eval,
+    by_eval,
+    make,
+)
 from tests.parity import EXACT, error
 from tests.passes.test_tune_mode import COMPILED, NOT_DIFFERENTIABLE, NOT_FINITE
 from tests.zoo import ZOO
@@ -45,43 +53,23 @@ def run(operator: scaled_convolution.Operator, values: list[Any], product: Convo
     return operator(*values, product.stride, product.padding, product.dilation, product.groups)
 
 
-def assert_equals_eval(operator: scaled_convolution.Operator, values: list[Any], product: Convolution) -> None:
-    z, expected = run(operator, values, product), by_eval(values, product)
-    assert error(expected.detach(), z.detach()) <= EXACT
-    trained = [t for t in values[:5] if t is not None]
-    grad = torch.randn(z.shape, dtype=torch.float64)
-    pairs = zip(torch.autograd.grad(expected, trained, grad), torch.autograd.grad(z, trained, grad), strict=True)
-    for index, (one, two) in enumerate(pairs):
-        assert error(one, two) <= EXACT, index
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_convolution(operator: scaled_convolution.Operator, name: str, bias: bool):
     for size in SIZES.values():
-        assert_equals_eval(operator, make(PLAIN[name], size, bias=bias), PLAIN[name])
+        assert_equals_eval(make(PLAIN[name], size, bias=bias), PLAIN[name], functools.partial(run, operator))
 
 
 @pytest.mark.parametrize("gains", [None, [0.0, *GAINS[1:]], [1e-300, *GAINS[1:]], [0.0] * 6])
 @pytest.mark.parametrize("size", SIZES.values())
 def test_every_gain(operator: scaled_convolution.Operator, size: int, gains: list[float] | None):
-    assert_equals_eval(operator, make(PLAIN["2d groups 1"], size, gains=gains), PLAIN["2d groups 1"])
+    product = PLAIN["2d groups 1"]
+    assert_equals_eval(make(product, size, gains=gains), product, functools.partial(run, operator))
 
 
 @pytest.mark.parametrize("size", SIZES.values())
 def test_gradients_of_every_subset(operator: scaled_convolution.Operator, size: int):
-    product = PLAIN["1d groups 2"]
-    full = make(product, size)
-    grad = torch.randn(by_eval(full, product).shape, dtype=torch.float64)
-    expected = torch.autograd.grad(by_eval(full, product), full[:5], grad)
-    for wanted in itertools.product((False, True), repeat=5):
-        if not any(wanted):
-            continue
-        values = [t.detach().requires_grad_(w) for t, w in zip(full[:5], wanted, strict=True)] + full[5:]
-        run(operator, values, product).backward(grad)
-        for value, one, w in zip(values, expected, wanted, strict=False):
-            assert (value.grad is not None) == w
-            assert not w or error(one, value.grad) <= EXACT
+    assert_subsets_equal_eval(PLAIN["1d groups 2"], size, functools.partial(run, operator))
 
 
 @pytest.mark.parametrize("missing", [(2,), (3,), (4,), (2, 3, 4)])
