@@ -37,7 +37,8 @@ def command(out: Output) -> None:
 
     out.document["environment"] = source.environment()
     parts = {name: _part(*known) for name, known in PARTS.items()}
-    out.document |= {"parts": parts, "devices": _devices(), "kernels": built_kernels()}
+    built = built_kernels()
+    out.document |= {"parts": parts, "devices": _devices(), "kernels": built}
     out.rows(
         [
             ("  normfuse", normfuse.__version__, ""),
@@ -45,7 +46,7 @@ def command(out: Output) -> None:
             ("  torch", torch.__version__, f"{torch.get_num_threads()} threads on {', '.join(_devices())}"),
             *((f"  {name}", part["version"] or "missing", part["detail"]) for name, part in parts.items()),
             _engines(parts, _devices()),
-            _kernels(built_kernels()),
+            _kernels(built),
         ]
     )
     out.finish()

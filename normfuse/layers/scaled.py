@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from normfuse.layers.kept import Kept, kept_rstd
 from normfuse.layers.products import Gradients, Needed, Product
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)  # types whose memory holds the numbers
 
 
 class Statistics(NamedTuple):
@@ -76,7 +76,7 @@ def needs_plain(*tensors: Tensor) -> bool:
         return True
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return True
-    return any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in tensors)
+    return any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:

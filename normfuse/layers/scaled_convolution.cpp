@@ -105,6 +105,7 @@ bool prefers_output(const Geometry& geometry, const Tensor& x, const Tensor& wei
 }
 
 enum Input { X, WEIGHT, BIAS, GAIN, SHIFT, MEAN, VAR };
+constexpr size_t kInputs = 12;  // of the operator
 using Needed = std::array<bool, 5>;
 
 template <typename T>
@@ -114,12 +115,16 @@ variable_list first_gradients(
   const Tensor scale = norm.scale<T>();
   const bool for_v = needed[WEIGHT] || needed[GAIN], for_total = needed[BIAS] || needed[GAIN] || needed[SHIFT];
   Tensor given = grad, factor = weight;
-  if (on_output) affine<T>(given = scratch(grad), grad, scale, Tensor());
-  else if (needed[X]) factor = scaled<T>(weight, scale);
+  if (on_output) {
+    given = scratch(grad);
+    affine<T>(given, grad, scale, Tensor());
+  } else if (needed[X]) {
+    factor = scaled<T>(weight, scale);
+  }
   auto [dx, v, total] = geometry.gradients(given, x, factor, {needed[X], for_v, for_total});
   if (for_v && v.strides() != weight.strides()) v = at::empty_like(weight).copy_(v);
   if (for_total && on_output) total.div_(scale);
-  variable_list made(12);
+  variable_list made(kInputs);
   if (needed[GAIN]) {
     made[GAIN] = dots<T>(v, weight, on_output || !needed[WEIGHT] ? Tensor() : scale);
     if (on_output) made[GAIN].div_(scale);
@@ -142,7 +147,7 @@ variable_list differentiable_gradients(
   const Tensor column = per_channel(scale, geometry.stride.size() + 1);
   const auto [dx, v, total] = geometry.gradients(grad, x, weight * column, {needed[X], true, true});
   const Tensor centre = norm.bias.defined() ? norm.bias - norm.mean : -norm.mean;
-  variable_list made(12);
+  variable_list made(kInputs);
   if (needed[X]) made[X] = dx;
   if (needed[WEIGHT]) made[WEIGHT] = v * column;
   if (needed[BIAS]) made[BIAS] = scale * total;

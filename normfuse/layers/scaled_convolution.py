@@ -10,16 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normfuse import native
 from normfuse.layers.products import Convolution, Product
-from normfuse.layers.scaled import ScaledProduct, Statistics
+from normfuse.layers.scaled import PLAIN, ScaledProduct, Statistics
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 Operator = Callable[..., Tensor]
 _DTYPES = (torch.float32, torch.float64)
-_PLAIN = (Tensor, nn.Parameter)
 _TRIALS = (Convolution((1, 1), (1, 1), (1, 1), 1), Convolution((2, 1), (0, 1), (1, 2), 2))
 _LIMITS = {torch.float32: 1e-4, torch.float64: 1e-10}
 
@@ -31,7 +30,7 @@ def compiled(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, p
         return None
     gain, shift, mean, var, eps, _ = norm
     for tensor in (x, weight, bias, gain, shift, mean, var):
-        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype is not x.dtype):
+        if tensor is not None and (type(tensor) not in PLAIN or not tensor.is_cpu or tensor.dtype is not x.dtype):
             return None
     if not _has_rows(weight):
         return None
