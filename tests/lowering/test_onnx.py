@@ -85,6 +85,14 @@ def test_zeros_around_a_max_pool_stay_zeros(relu: bool, precision: Any, tmp_path
     assert len(values) == len({name for node in graph.node for name in node.input} & values.keys())
 
 
+@pytest.mark.parametrize("pad", [nn.ReflectionPad2d(1), nn.ConstantPad2d(1, -2.0)], ids=["reflected", "not zero"])
+def test_other_paddings_before_a_max_pool_stay_as_they_are(pad: nn.Module, tmp_path: Path):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), pad, nn.MaxPool2d(3, 2)).eval(), torch.randn(2, 3, 8, 8)
+    nn.init.constant_(model[0].bias, -9.0)  # type: ignore[arg-type]
+    assert export(model, tmp_path / "net.onnx", example_inputs=x).comparison
+    assert not any("smallest" in tensor.name for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer)
+
+
 def test_the_file_is_described_and_computes_the_same(tmp_path: Path):
     model = Net()
     info = export_onnx(model, tmp_path / "net.onnx", image())
