@@ -23,7 +23,7 @@ from torch._inductor import config as inductor
 from tune_networks import Batch, Network
 
 import normfuse
-from normfuse.layers import scaled_convolution
+from normfuse.layers import normalized_convolution
 
 SETTINGS = {"all": "all", "last-stage": "last-stage", "norm-only": "norm"}
 EAGER = ("train", "eval", "tune", "tune-kernels", "mmengine", "deploy")
@@ -56,7 +56,7 @@ class Variant:
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of one forward pass."""
         device = next(self.model.parameters()).device.type
-        plain = contextlib.nullcontext() if self.mode == "tune-kernels" else scaled_convolution.kernels.unused()
+        plain = contextlib.nullcontext() if self.mode == "tune-kernels" else normalized_convolution.kernels.unused()
         with plain, torch.autocast(device, self.precision, enabled=self.precision is not None):
             return self.network.loss(self.forward, batch)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from normfuse.layers import scaled_convolution
+from normfuse.layers import normalized_convolution
 from normfuse.quantization import native_norms
 
-_KINDS = {"tune-mode": scaled_convolution.kernels, "integer-norms": native_norms.kernels}
+_KINDS = {"tune-mode": normalized_convolution.kernels, "integer-norms": native_norms.kernels}
 
 
 def build_kernels(*which: str, force: bool = False) -> list[Path]:

@@ -128,7 +128,7 @@ class Kernels(Generic[T]):
         """Return the kernels in a file that belongs to this user alone and is right, else None."""
         try:
             found = self._open(path) if _is_private(path) else None
-        except (OSError, AttributeError):  # not there, not a library for this system, or not ours
+        except (OSError, AttributeError, RuntimeError):  # not there, not a library for this system, or not ours
             return None
         if found is None:
             return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and NumPy read them: the suite runs in several processes on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,11 +32,11 @@ def seed() -> None:
 def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with Tune mode's compiled kernels, built once for all processes of the test run."""
     from normfuse import NormfuseError
-    from normfuse.layers import scaled_convolution
+    from normfuse.layers import normalized_convolution
 
     folder = tmp_path_factory.getbasetemp().parent / "kernels"
     folder.mkdir(mode=0o700, exist_ok=True)
-    library = scaled_convolution.library()
+    library = normalized_convolution.library()
     target = folder / library.path.name
     with filelock.FileLock(folder / "lock"):
         if not target.exists():
@@ -43,6 +45,28 @@ def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             except NormfuseError as error:
                 pytest.skip(str(error))
     return folder
+
+
+@pytest.fixture
+def kernels(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Run one test with Tune mode's compiled kernels; return what makes a convolution."""
+    from normfuse.layers import normalized_convolution
+
+    monkeypatch.setenv("NORMFUSE_CACHE_DIR", str(kernel_folder))
+    monkeypatch.delenv("NORMFUSE_KERNELS", raising=False)
+    normalized_convolution.kernels.forget()
+    found = normalized_convolution.kernels.get()
+    assert found is not None
+    yield found
+    normalized_convolution.kernels.forget()
+
+
+@pytest.fixture(params=["python", "kernels"])
+def form(request: pytest.FixtureRequest) -> str:
+    """Run one test twice, without and with Tune mode's compiled kernels; return which of the two it is."""
+    if request.param == "kernels":
+        request.getfixturevalue("kernels")
+    return request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,8 @@ from tests.gradients import assert_same, gradients, hard_norms
 from tests.parity import EXACT, error
 from tests.zoo.trap import image
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 class Shared(nn.Module):
     """A pair that is called on its own output, and a norm that stands alone."""

@@ -70,16 +70,22 @@ T dot_and_multiply(T* __restrict one, const T* __restrict other, T factor, int64
   return sum;
 }
 
+// Write a W to out.
+template <typename T>
+void multiply_channels(const Tensor& out, const Tensor& weight, const Tensor& scale) {
+  const int64_t width = weight.numel() / weight.size(0);
+  const T *w = weight.const_data_ptr<T>(), *a = scale.const_data_ptr<T>();
+  T* made = out.data_ptr<T>();
+  over_channels<T>(scale, width, [=](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) multiply<T>(made + c * width, w + c * width, a[c], width);
+  });
+}
+
 // Return a W, in scratch memory where it is large.
 template <typename T>
 Tensor scaled(const Tensor& weight, const Tensor& scale) {
-  Tensor made = scratch(weight);
-  const int64_t width = weight.numel() / weight.size(0);
-  const T *w = weight.const_data_ptr<T>(), *a = scale.const_data_ptr<T>();
-  T* out = made.data_ptr<T>();
-  over_channels<T>(scale, width, [=](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) multiply<T>(out + c * width, w + c * width, a[c], width);
-  });
+  const Tensor made = scratch(weight);
+  multiply_channels<T>(made, weight, scale);
   return made;
 }
 
@@ -108,19 +114,20 @@ inline Tensor per_channel(const Tensor& vector, size_t dims) {
 // Return factor y + addend, each a value per channel, (N, C, *); no addend is 0.
 template <typename T>
 void affine(Tensor& out, const Tensor& y, const Tensor& factor, const Tensor& addend) {
-  const int64_t channels = y.size(1), rows = y.size(0) * channels, width = rows ? y.numel() / rows : 0;
+  const int64_t channels = y.size(1), rows = y.size(0) * channels, width = rows > 0 ? y.numel() / rows : 0;
   if (!y.is_contiguous() || !out.is_contiguous() || at::get_num_threads() > 1) {
-    const Tensor a = per_channel(factor, y.dim() - 2);
-    if (addend.defined()) at::addcmul_out(out, per_channel(addend, y.dim() - 2), y, a);
-    else at::mul_out(out, y, a);
+    at::mul_out(out, y, per_channel(factor, y.dim() - 2));  // addcmul has no fast loop for strides of 0
+    if (addend.defined()) out.add_(per_channel(addend, y.dim() - 2));
     return;
   }
   const T *in = pointer<T>(y), *a = pointer<T>(factor), *o = pointer<T>(addend);
   T* to = out.data_ptr<T>();
-  for (int64_t row = 0; row < rows; ++row) {
-    const T scale = a[row % channels], offset = o ? o[row % channels] : 0;
+  for (int64_t image = 0; image < y.size(0); ++image) {
+    for (int64_t c = 0; c < channels; ++c, in += width, to += width) {
+      const T scale = a[c], offset = o ? o[c] : 0;
 #pragma omp simd
-    for (int64_t i = row * width; i < (row + 1) * width; ++i) to[i] = scale * in[i] + offset;
+      for (int64_t i = 0; i < width; ++i) to[i] = scale * in[i] + offset;
+    }
   }
 }
 

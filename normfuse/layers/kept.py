@@ -15,6 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+if torch.distributed.is_available():
+    from torch.distributed import is_initialized as is_distributed
+else:
+
+    def is_distributed() -> bool:
+        """Whether a process group is initialized."""
+        return False
+
+
 _CHUNK = 64  # bytes in each of the pieces that are looked at of a large tensor
 
 
@@ -50,11 +59,7 @@ def kept_rstd(kept: Kept, var: Tensor, eps: float) -> Tensor:
 
 def can_keep(tensor: Tensor) -> bool:
     """Whether what is made from a tensor may be kept."""
-    return tensor.is_cpu and not tensor.is_inference() and not _distributed()
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return tensor.is_cpu and not tensor.is_inference() and not is_distributed()
 
 
 class Look:

@@ -26,6 +26,9 @@ from normfuse.layers.kept import Kept, kept_rstd
 from normfuse.layers.products import Gradients, Needed, Product
 
 PLAIN = (Tensor, nn.Parameter)  # types whose memory holds the numbers
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_tracing_state, _dispatch_mode = torch._C._get_tracing_state, torch._C._get_dispatch_mode
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 class Statistics(NamedTuple):
@@ -70,11 +73,9 @@ class Statistics(NamedTuple):
 
 def needs_plain(*tensors: Tensor) -> bool:
     """Whether only :func:`plain` will do: for tracers, function transforms, and tensors that are not plain numbers."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or _tracing_state() is not None:
         return True
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if _are_transforms_active() or forward_ad._current_level >= 0 or _dispatch_mode(_PROXY) is not None:
         return True
     return any(type(tensor) not in PLAIN or tensor.is_meta for tensor in tensors)
 
@@ -92,12 +93,12 @@ def scaled(weight: Tensor, scale: Tensor, product: Product) -> Tensor:
 
 
 def scaled_output(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, product: Product) -> Tensor:
-    """Return ``a (W x)`` plus an offset per channel: the output is scaled, not the weight."""
+    """Return ``a (W x)`` plus an offset per channel: the output is scaled, in place, not the weight."""
     y = product.run(x, weight.to(x.dtype), None)
-    offset, scale = product.per_channel(offset, y), product.per_channel(scale, y)
-    if y.requires_grad or offset.requires_grad:
-        return torch.addcmul(offset, y, scale).to(x.dtype)
-    return torch.addcmul(offset, y, scale, out=y)
+    scale, offset = product.per_channel(scale, y), product.per_channel(offset, y)
+    if y.is_cpu and y.dtype is scale.dtype:
+        return y.mul_(scale).add_(offset)  # a CPU has fast loops for two operands with strides of 0, none for three
+    return torch.addcmul(offset, y, scale).to(x.dtype)
 
 
 class ScaledProduct(torch.autograd.Function):

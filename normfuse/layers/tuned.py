@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from normfuse.layers import scaled_convolution
+from normfuse.layers import normalized_convolution
 from normfuse.layers.clamp import Clamp
-from normfuse.layers.effective_weight import effective_weight
-from normfuse.layers.kept import Kept
+from normfuse.layers.fixed_factors import fixed_scale, fixed_weight
+from normfuse.layers.kept import Kept, is_distributed
 from normfuse.layers.products import Convolution, Matrix, Product
-from normfuse.layers.scaled import ScaledProduct, Statistics, needs_plain, plain, scaled_output
+from normfuse.layers.scaled import PLAIN, ScaledProduct, Statistics, needs_plain, plain, scaled_output
 
 _STATE = "_normfuse_tuned"
 
@@ -43,18 +43,29 @@ class Pairing:
     norm: nn.Module
     channels: slice | list[int] | None = None
     same: bool = False
-    effective: Kept = field(default_factory=Kept)
+    weight: Kept = field(default_factory=Kept)
+    scale: Kept = field(default_factory=Kept)
     rstd: Kept = field(default_factory=Kept)
+    compiled: Kept = field(default_factory=Kept)
 
     def statistics(self, *, keeps: bool) -> Statistics:
         """Return what the norm computes by at present, for the channels of the product."""
         norm: Any = self.norm
-        gain, shift, mean, var, channels = norm.weight, norm.bias, norm.running_mean, norm.running_var, self.channels
+        channels = self.channels
+        gain, shift = _tensor(norm, "weight"), _tensor(norm, "bias")
+        mean, var = _tensor(norm, "running_mean"), _tensor(norm, "running_var")
         if channels is not None:
             gain, shift = (None if v is None else v[channels] for v in (gain, shift))
             mean, var = mean[channels], var[channels]
         keeps = keeps and not isinstance(channels, list)  # which makes new vectors at every call
         return Statistics(gain, shift, mean, var, norm.eps, self.rstd if keeps else None)
+
+
+def _tensor(layer: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer, without the detour through Python that ``getattr`` makes for them."""
+    if name in layer._parameters:
+        return layer._parameters[name]
+    return layer._buffers[name] if name in layer._buffers else getattr(layer, name)
 
 
 class TunedLayer(nn.Module):
@@ -71,13 +82,14 @@ class TunedProduct(TunedLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return ``z`` of :mod:`normfuse.layers.scaled`, ``(N, out, *)`` or ``(*, out)``."""
-        x, layer = input, cast(Any, self)
-        pairing: Pairing = layer._normfuse_tuned
+        x, layer = input, self
+        pairing: Pairing = vars(layer)[_STATE]
+        weight, bias = _tensor(layer, "weight"), _tensor(layer, "bias")
         if isinstance(layer, nn.Linear):
-            return normalized_product(x, layer.weight, layer.bias, pairing, Matrix())
-        batched = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
+            return normalized_product(x, weight, bias, pairing, Matrix())
+        batched = x if x.dim() == weight.dim() else x.unsqueeze(0)
         padded, product = _geometry(layer, batched, output_size, pairing.same)
-        z = normalized_product(padded, layer.weight, layer.bias, pairing, product)
+        z = normalized_product(padded, weight, bias, pairing, product)
         return z if batched is x else z.squeeze(0)
 
 
@@ -117,6 +129,9 @@ class TunedReLU6(TunedLayer):
 
 def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor:
     """Return the normalized product, by the way that costs least for what is trained."""
+    z = _by_kernels(x, weight, bias, pairing, product)
+    if z is not None:
+        return z
     traced = needs_plain(x, weight)
     norm = pairing.statistics(keeps=not traced)
     if traced:
@@ -129,17 +144,30 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
         return product.run(x, weight, bias)  # raises what the plain layer raises
     training = torch.is_grad_enabled()
     if training and weight.requires_grad:
-        z = scaled_convolution.compiled(x, weight, bias, norm, product)
-        return z if z is not None else cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
+        return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
     if training and norm.gain is not None and norm.gain.requires_grad:
         return _normalize_after(x, weight, bias, norm, product)
-    if product.output_size(x.shape, weight.shape) < weight.numel():
-        scale = norm.scale()
-        return scaled_output(x, weight, scale, norm.offset(scale, bias), product)
-    fixed, offset = effective_weight(pairing.effective, weight, bias, norm, product, x.dtype)
+    on_output = product.output_size(x.shape, weight.shape) < weight.numel()
+    if on_output:  # a copy of a large weight would cost more memory than Tune mode saves
+        factor, offset = fixed_scale(pairing.scale, bias, norm)
+    else:
+        factor, offset = fixed_weight(pairing.weight, weight, bias, norm, product, x.dtype)
     if training and any(t is not None and t.requires_grad for t in (bias, norm.shift)):
-        offset = norm.offset(norm.scale(), bias).to(x.dtype)
-    return product.run(x, fixed, offset)
+        offset = norm.offset(norm.scale(), bias).to(factor.dtype)
+    return scaled_output(x, weight, factor, offset, product) if on_output else product.run(x, factor, offset)
+
+
+def _by_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor | None:
+    """Return the normalized product, or None where no kernels are built or they do not take these tensors."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # which take no object of C++
+        return None
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
+        return None
+    run = normalized_convolution.compiled(product, pairing.compiled)
+    if run is None:
+        return None
+    gain, shift, mean, var, eps, _ = pairing.statistics(keeps=True)
+    return run(x, weight, bias, gain, shift, mean, var, eps, not is_distributed())
 
 
 def _normalize_after(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:

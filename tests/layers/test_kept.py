@@ -112,7 +112,7 @@ RUNS: dict[str, Callable[[], Any]] = {"no_grad": torch.no_grad, "inference_mode"
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("write", WRITES)
-def test_never_stale(pair: nn.Sequential, write: str, run: str):
+def test_never_stale(pair: nn.Sequential, write: str, run: str, form: str):
     """After each kind of write the next call, with or without gradients, is that of eval mode."""
     tuned = normfuse.tune_mode(copy.deepcopy(pair))
     moved: list[float] = []
@@ -131,7 +131,7 @@ def test_never_stale(pair: nn.Sequential, write: str, run: str):
     assert moved[0] > EXACT, "the write makes a difference"
 
 
-def test_inference_first_and_training_afterwards(pair: nn.Sequential):
+def test_inference_first_and_training_afterwards(pair: nn.Sequential, form: str):
     """Nothing made under inference_mode ends up in a graph."""
     tuned = normfuse.tune_mode(copy.deepcopy(pair))
     for trained in ("weight", "bias"):
@@ -148,7 +148,7 @@ def test_inference_first_and_training_afterwards(pair: nn.Sequential):
             assert error(one, two) <= EXACT
 
 
-def test_model_made_under_inference_mode():
+def test_model_made_under_inference_mode(form: str):
     with torch.inference_mode():
         model = hard_norms(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).double().eval())
         expected = model(picture())
@@ -165,12 +165,12 @@ def test_kept_while_nothing_changes(pair: nn.Sequential):
     tuned = normfuse.tune_mode(pair)
     with torch.no_grad():
         tuned(picture())
-        first = pairing(tuned).effective.value
+        first = pairing(tuned).weight.value
         tuned(picture())
-        assert pairing(tuned).effective.value is first
+        assert pairing(tuned).weight.value is first
         tuned[0].weight.mul_(2)
         tuned(picture())
-        assert pairing(tuned).effective.value is not first
+        assert pairing(tuned).weight.value is not first
 
 
 def test_reciprocal_deviations_are_kept_while_training(pair: nn.Sequential):
@@ -194,7 +194,8 @@ def test_weight_larger_than_the_output_is_not_kept(pair: nn.Sequential):
         expected = pair(image(1, 4, 3, 3))
         tuned = normfuse.tune_mode(pair)
         assert error(expected, tuned(image(1, 4, 3, 3))) <= EXACT
-    assert pairing(tuned).effective.value is None
+    assert pairing(tuned).weight.value is None
+    assert [tensor.shape for tensor in pairing(tuned).scale.value] == [(8,), (8,)]
 
 
 def test_copies_keep_nothing(pair: nn.Sequential):
@@ -202,14 +203,14 @@ def test_copies_keep_nothing(pair: nn.Sequential):
     with torch.no_grad():
         tuned(picture())
         copied = copy.deepcopy(tuned)
-        assert pairing(tuned).effective.value is not None
-        assert pairing(copied).effective.value is None
+        assert pairing(tuned).weight.value is not None
+        assert pairing(copied).weight.value is None
         assert pairing(copied).norm is copied[1]
         copied[0].weight.zero_()
         assert error(normfuse.tune_mode(copy.deepcopy(copied), False)(picture()), copied(picture())) <= EXACT
 
 
-def test_two_dtypes_in_turn(pair: nn.Sequential):
+def test_two_dtypes_in_turn(pair: nn.Sequential, form: str):
     """Autocast and its absence do not share a weight."""
     tuned = normfuse.tune_mode(pair.float())
     given = inputs().float()

@@ -112,13 +112,16 @@ def test_gradients_of_every_subset(product: Product, size: int):
 def assert_subsets_equal_eval(product: Product, size: int, run: Run = by_python) -> None:
     """What is not asked for is not computed, and the rest is unchanged."""
     full = make(product, size)
-    grad = torch.randn(by_eval(full, product).shape, dtype=torch.float64)
-    expected = torch.autograd.grad(by_eval(full, product), full[:5], grad)
+    y = by_eval(full, product)
+    grad = torch.randn(y.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(y, full[:5], grad)
     for wanted in itertools.product((False, True), repeat=5):
         if not any(wanted):
             continue
         values = [t.detach().requires_grad_(w) for t, w in zip(full[:5], wanted, strict=True)] + full[5:]
-        run(values, product).backward(grad)
+        z = run(values, product)
+        assert error(y.detach(), z.detach()) <= EXACT
+        z.backward(grad)
         for value, one, w in zip(values, expected, wanted, strict=False):
             assert (value.grad is not None) == w
             assert not w or error(one, value.grad) <= EXACT
