@@ -107,7 +107,9 @@ class KeptConvolution : public torch::CustomClassHolder {
 
   KeptConvolution(
       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups)
-      : geometry{std::move(stride), std::move(padding), std::move(dilation), groups} {}
+      : geometry{std::move(stride), std::move(padding), std::move(dilation), groups} {
+    for (const int64_t step : geometry.stride) TORCH_CHECK(step > 0, "non-positive stride is not supported");
+  }
 
   template <typename T>
   std::shared_ptr<const Factors> factors(const Tensor& weight, const Norm& norm, bool on_output, bool keeps) {

@@ -48,17 +48,18 @@ class Pairing:
     rstd: Kept = field(default_factory=Kept)
     compiled: Kept = field(default_factory=Kept)
 
+    def vectors(self) -> list[Any]:
+        """Return ``gamma``, ``beta``, the means and the variances at present, for the channels of the product."""
+        vectors = [_tensor(self.norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        if self.channels is not None:
+            vectors = [None if vector is None else vector[self.channels] for vector in vectors]
+        return vectors
+
     def statistics(self, *, keeps: bool) -> Statistics:
-        """Return what the norm computes by at present, for the channels of the product."""
-        norm: Any = self.norm
-        channels = self.channels
-        gain, shift = _tensor(norm, "weight"), _tensor(norm, "bias")
-        mean, var = _tensor(norm, "running_mean"), _tensor(norm, "running_var")
-        if channels is not None:
-            gain, shift = (None if v is None else v[channels] for v in (gain, shift))
-            mean, var = mean[channels], var[channels]
-        keeps = keeps and not isinstance(channels, list)  # which makes new vectors at every call
-        return Statistics(gain, shift, mean, var, norm.eps, self.rstd if keeps else None)
+        """Return what the norm computes by."""
+        gain, shift, mean, var = self.vectors()
+        keeps = keeps and not isinstance(self.channels, list)  # which makes new vectors at every call
+        return Statistics(gain, shift, mean, var, cast(Any, self.norm).eps, self.rstd if keeps else None)
 
 
 def _tensor(layer: nn.Module, name: str) -> Any:
@@ -166,8 +167,7 @@ def _by_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing
     run = normalized_convolution.compiled(product, pairing.compiled)
     if run is None:
         return None
-    gain, shift, mean, var, eps, _ = pairing.statistics(keeps=True)
-    return run(x, weight, bias, gain, shift, mean, var, eps, not is_distributed())
+    return run(x, weight, bias, *pairing.vectors(), pairing.norm.eps, not is_distributed())
 
 
 def _normalize_after(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:

@@ -222,6 +222,11 @@ def test_other_tensors_are_left_to_the_python_form(kernels: Maker):
     assert refused([values[0], values[1].transpose(0, 1).contiguous().transpose(0, 1), *values[2:]])
 
 
+def test_a_stride_of_zero_is_an_error(kernels: Maker):
+    with pytest.raises(RuntimeError, match="non-positive stride"):
+        kernels((1, 0), (0, 0), (1, 1), 1)
+
+
 class _Seeing(TorchDispatchMode):
     """Sees every operation, and does it."""
 
