@@ -98,7 +98,8 @@ def _measured(
     batch = batch.to(device, torch.float32, layout)
     precision = getattr(torch, options.autocast) if options.autocast else None
     modes = [m for m in (*EAGER, *COMPILED) if m in options.modes or m in BASELINES]
-    records = {m: _about(network, setting, m, count, size) for m in modes if m not in COMPILED or options.compiled}
+    about = {"network": network.name, "setting": setting, "batch": count, "size": size, "rounds": options.rounds}
+    records = {m: about | {"mode": m} for m in modes if m not in COMPILED or options.compiled}
     variants = dict(_variants(model, network, setting, batch, precision, records, options.compile_limit))
     for mode, found in _differences(model, network, setting, batch, variants).items():
         records[mode]["difference"] = found
@@ -109,10 +110,6 @@ def _measured(
     for record in records.values():
         print(tune_plot.line(record, records["deploy"]), flush=True)
         yield record
-
-
-def _about(network: Network, setting: str, mode: str, count: int, size: int) -> dict[str, Any]:
-    return {"network": network.name, "setting": setting, "mode": mode, "batch": count, "size": size}
 
 
 def _variants(
@@ -162,7 +159,6 @@ def _write(path: Path, records: list[dict[str, Any]], device: str, options: argp
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "clock": "events" if device == "cuda" else "process CPU time",
         "threads": options.threads,
-        "rounds": options.rounds,
         "channels_last": options.channels_last,
         "autocast": options.autocast,
     }

@@ -116,7 +116,9 @@ def _legend(panels: Any) -> tuple[list[Any], list[str]]:
 def _remark(result: Mapping[str, Any]) -> str:
     machine = result["environment"]["processor"] if result["device"] == "cpu" else result["device"]
     threads = f", {result['threads']} thread" if result["device"] == "cpu" else ""
+    rounds = sorted({record["rounds"] for record in result["records"]})
+    count = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"{machine}{threads}, torch {result['environment']['packages']['torch']}; {result['clock']}, "
-        f"{result['rounds']} rounds in turns; dots are medians of ratios within a round, lines their quartiles."
+        f"{count} rounds in turns; dots are medians of ratios within a round, lines their quartiles."
     )

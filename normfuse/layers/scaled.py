@@ -97,7 +97,7 @@ def scaled_output(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, prod
     y = product.run(x, weight.to(x.dtype), None)
     scale, offset = product.per_channel(scale, y), product.per_channel(offset, y)
     if y.is_cpu and y.dtype is scale.dtype:
-        return y.mul_(scale).add_(offset)  # a CPU has fast loops for two operands with strides of 0, none for three
+        return y.mul_(scale).add_(offset)  # fast loops on a CPU; addcmul has none for operands that are broadcast
     return torch.addcmul(offset, y, scale).to(x.dtype)
 
 
