@@ -31,14 +31,14 @@ struct Geometry {
         grad, x, weight, at::OptionalIntArrayRef(sizes), stride, padding, dilation, false, zeros(), groups, needed);
   }
 
-  // Whether the output has fewer elements than the weight.
-  bool has_smaller_output(const Tensor& x, const Tensor& weight) const {
+  // Return the number of elements of the output.
+  int64_t outputs(const Tensor& x, const Tensor& weight) const {
     int64_t count = x.size(0) * weight.size(0);
     for (size_t i = 0; i < stride.size(); ++i) {
       const int64_t axis = static_cast<int64_t>(i) + 2, reach = dilation[i] * (weight.size(axis) - 1);
       count *= (x.size(axis) + 2 * padding[i] - reach - 1) / stride[i] + 1;
     }
-    return count < weight.numel();
+    return count;
   }
 };
 

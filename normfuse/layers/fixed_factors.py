@@ -14,6 +14,9 @@ from normfuse.layers.kept import Kept, Look, can_keep
 from normfuse.layers.products import Product
 from normfuse.layers.scaled import Statistics, scaled
 
+WORTH = 4
+"""How many times as large as a weight its output must be for a copy of the weight to be worth its memory."""
+
 _PIECES = 8  # that are looked at of a weight
 
 

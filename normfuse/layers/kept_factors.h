@@ -18,6 +18,8 @@
 
 namespace normfuse {
 
+constexpr int64_t kWorth = 4;  // see fixed_factors.py
+
 // Where a dense tensor was and what it held there, whole or in some pieces; or that there was none.
 class Look {
  public:

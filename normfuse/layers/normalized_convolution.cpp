@@ -41,7 +41,7 @@ bool is_trained(const Tensor& tensor) { return tensor.defined() && tensor.requir
 // Return z where neither the weight nor the gain is trained.
 template <typename T>
 Tensor fixed(const Tensor& x, const Tensor& weight, const Norm& norm, KeptConvolution& pair, bool keeps) {
-  const bool on_output = pair.geometry.has_smaller_output(x, weight);
+  const bool on_output = pair.geometry.outputs(x, weight) < (keeps ? kWorth : 1) * weight.numel();
   const auto factors = pair.factors<T>(weight, norm, on_output, keeps);
   const bool trains_offset = is_trained(norm.bias) || is_trained(norm.shift);
   const Tensor offset = trains_offset ? norm.differentiable_offset(norm.scale<T>()) : factors->offset;

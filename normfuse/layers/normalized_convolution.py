@@ -67,7 +67,7 @@ def _are_right(make: Maker) -> bool:
     return all(
         _differs(make, product, size, trained, dtype) <= limit
         for product in _TRIALS
-        for size in (3, 12)
+        for size in (3, 16)
         for trained in (range(5), (0, 2, 3, 4), (0, 2, 4), ())
         for dtype, limit in _LIMITS.items()
     )

@@ -34,7 +34,7 @@ using torch::autograd::variable_list;
 // Whether to scale the output: where it is the smaller one and no scale is too near zero to divide by.
 template <typename T>
 bool prefers_output(const Geometry& geometry, const Tensor& x, const Tensor& weight, const Tensor& scale) {
-  if (!geometry.has_smaller_output(x, weight)) return false;
+  if (geometry.outputs(x, weight) >= weight.numel()) return false;
   const T limit = std::sqrt(std::numeric_limits<T>::min()), *a = scale.const_data_ptr<T>();
   return std::all_of(a, a + scale.numel(), [=](T one) { return std::abs(one) > limit; });
 }

@@ -22,8 +22,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from normfuse.layers import normalized_convolution
 from normfuse.layers.clamp import Clamp
-from normfuse.layers.fixed_factors import fixed_scale, fixed_weight
-from normfuse.layers.kept import Kept, is_distributed
+from normfuse.layers.fixed_factors import WORTH, fixed_scale, fixed_weight
+from normfuse.layers.kept import Kept, can_keep, is_distributed
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import PLAIN, ScaledProduct, Statistics, needs_plain, plain, scaled_output
 
@@ -148,8 +148,9 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
         return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
     if training and norm.gain is not None and norm.gain.requires_grad:
         return _normalize_after(x, weight, bias, norm, product)
-    on_output = product.output_size(x.shape, weight.shape) < weight.numel()
-    if on_output:  # a copy of a large weight would cost more memory than Tune mode saves
+    worth = WORTH if can_keep(weight) else 1
+    on_output = product.output_size(x.shape, weight.shape) < worth * weight.numel()
+    if on_output:
         factor, offset = fixed_scale(pairing.scale, bias, norm)
     else:
         factor, offset = fixed_weight(pairing.weight, weight, bias, norm, product, x.dtype)

@@ -18,8 +18,8 @@ from tests.zoo.trap import image
 
 
 def inputs() -> Tensor:
-    """Return inputs whose outputs are larger than the weight, so that it is the weight that is scaled and kept."""
-    return image(2, 4, 9, 9)
+    """Return inputs whose outputs are so large that it is the weight that is scaled and kept."""
+    return image(2, 4, 12, 12)
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def pair() -> nn.Sequential:
 
 
 def picture() -> Tensor:
-    """Return an input whose output is larger than the weight, so that the effective weight is kept."""
-    return image(2, 4, 8, 8)
+    """Return an input whose output is so large that the effective weight is kept."""
+    return image(2, 4, 11, 11)
 
 
 def pairing(tuned: nn.Sequential) -> Pairing:
@@ -188,7 +188,7 @@ def test_reciprocal_deviations_are_kept_while_training(pair: nn.Sequential):
         assert error(one.grad, two.grad) <= EXACT
 
 
-def test_weight_larger_than_the_output_is_not_kept(pair: nn.Sequential):
+def test_weight_that_is_large_beside_its_output_is_not_kept(pair: nn.Sequential):
     """A copy of it would cost more memory than Tune mode saves; the output is scaled instead."""
     with torch.no_grad():
         expected = pair(image(1, 4, 3, 3))
