@@ -78,7 +78,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_steps_follow_eval_mode(optimizer: str):
+def test_steps_follow_eval_mode(optimizer: str, form: str):
     """Five steps, with an optimizer made before; AdamW divides by gradients, so rounding is magnified."""
     reference, model = network(), network()
     optimizers = [OPTIMIZERS[optimizer](m.parameters()) for m in (reference, model)]

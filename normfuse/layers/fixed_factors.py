@@ -20,44 +20,33 @@ WORTH = 4
 _PIECES = 8  # that are looked at of a weight
 
 
-Factors = tuple[Tensor, Tensor]
+def fixed_factors(
+    kept: Kept,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Statistics,
+    product: Product,
+    dtype: torch.dtype,
+    *,
+    on_output: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what to multiply by and the offset ``a (b - mean) + beta``, ``(out,)``, made again only where that is due.
 
-
-def fixed_weight(
-    kept: Kept, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product, dtype: torch.dtype
-) -> Factors:
-    """Return ``a W``, in the layout of the weight, and ``a (b - mean) + beta``, ``(out,)``, both in ``dtype``."""
-    known = _recalled(kept, weight, bias, norm)
-    if known is not None and known[0].dtype is dtype:
-        return known
-    with torch.inference_mode(False), torch.no_grad():
-        scale = norm.scale()
-        made = scaled(weight, scale, product).to(dtype), norm.offset(scale, bias).to(dtype)
-    return _keep(kept, weight, bias, norm, made)
-
-
-def fixed_scale(kept: Kept, bias: Tensor | None, norm: Statistics) -> Factors:
-    """Return ``a`` and ``a (b - mean) + beta``, each ``(out,)``."""
-    known = _recalled(kept, None, bias, norm)
-    if known is not None:
-        return known
+    The factor is ``a W``, in the layout of the weight, and then both are in ``dtype``; where the output is scaled it is
+    ``a``, ``(out,)``, and then both are in the dtype of the norm.
+    """
+    keeps, counted = can_keep(weight), None if on_output else weight
+    seen, value = kept.entry
+    known = keeps and isinstance(seen, _Seen) and seen.again(counted, bias, norm)
+    if known and (on_output or value[0].dtype is dtype):
+        return value
     with torch.inference_mode(False), torch.no_grad():
         scale = norm.scale()
         made = scale, norm.offset(scale, bias)
-    return _keep(kept, None, bias, norm, made)
-
-
-def _recalled(kept: Kept, weight: Tensor | None, bias: Tensor | None, norm: Statistics) -> Factors | None:
-    """Return what is kept, if it is right."""
-    if not can_keep(norm.var if weight is None else weight):
-        return None
-    seen, value = kept.entry
-    return value if isinstance(seen, _Seen) and seen.again(weight, bias, norm) else None
-
-
-def _keep(kept: Kept, weight: Tensor | None, bias: Tensor | None, norm: Statistics, made: Factors) -> Factors:
-    if can_keep(norm.var if weight is None else weight):
-        kept.entry = _Seen(weight, bias, norm), made
+        if not on_output:
+            made = scaled(weight, scale, product).to(dtype), made[1].to(dtype)
+    if keeps:
+        kept.entry = _Seen(counted, bias, norm), made
     return made
 
 

@@ -18,7 +18,7 @@
 
 namespace normfuse {
 
-constexpr int64_t kWorth = 4;  // see fixed_factors.py
+constexpr int64_t kWorth = 4, kPieces = 8, kPieceBytes = 64;  // as in fixed_factors.py and kept.py
 
 // Where a dense tensor was and what it held there, whole or in some pieces; or that there was none.
 class Look {
@@ -32,7 +32,7 @@ class Look {
     strides_ = tensor.strides().vec();
     extent_ = static_cast<int64_t>(tensor.nbytes());
     step_ = std::max<int64_t>(1, extent_ / pieces);
-    width_ = pieces == 1 ? extent_ : 64;
+    width_ = pieces == 1 ? extent_ : kPieceBytes;
     for (int64_t at = 0; at < extent_; at += step_) seen_.append(place_ + at, width(at));
   }
 
@@ -73,7 +73,7 @@ class Factors {
     dtype_ = weight.scalar_type();
     if (!on_output) {
       version_ = weight._version();
-      weight_ = Look(weight, 8);
+      weight_ = Look(weight, kPieces);
     }
     const auto from = vectors(norm);
     for (size_t i = 0; i < from.size(); ++i) vectors_[i] = Look(*from[i], 1);
@@ -115,7 +115,7 @@ class KeptConvolution : public torch::CustomClassHolder {
 
   template <typename T>
   std::shared_ptr<const Factors> factors(const Tensor& weight, const Norm& norm, bool on_output, bool keeps) {
-    if (!keeps || weight.is_inference()) return Factors::make<T>(weight, norm, on_output);
+    if (!keeps) return Factors::make<T>(weight, norm, on_output);
     const std::lock_guard<std::mutex> lock(mutex_);  // several threads may run one model
     auto& kept = kept_[on_output];
     if (!kept || !kept->are_of(weight, norm, on_output)) {

@@ -41,6 +41,7 @@ bool is_trained(const Tensor& tensor) { return tensor.defined() && tensor.requir
 // Return z where neither the weight nor the gain is trained.
 template <typename T>
 Tensor fixed(const Tensor& x, const Tensor& weight, const Norm& norm, KeptConvolution& pair, bool keeps) {
+  keeps = keeps && !weight.is_inference();  // which has no version
   const bool on_output = pair.geometry.outputs(x, weight) < (keeps ? kWorth : 1) * weight.numel();
   const auto factors = pair.factors<T>(weight, norm, on_output, keeps);
   const bool trains_offset = is_trained(norm.bias) || is_trained(norm.shift);
@@ -71,6 +72,8 @@ Optional normalized(
 }  // namespace
 }  // namespace normfuse
 
+// A method, since torch looks for __torch_function__ on every argument of an operator, and on an object such as this one
+// finds by two exceptions that there is none.
 TORCH_LIBRARY_FRAGMENT(normfuse, library) {
   library.class_<normfuse::KeptConvolution>("KeptConvolution")
       .def(torch::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t>())

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from normfuse.layers import normalized_convolution
 from normfuse.layers.clamp import Clamp
-from normfuse.layers.fixed_factors import WORTH, fixed_scale, fixed_weight
+from normfuse.layers.fixed_factors import WORTH, fixed_factors
 from normfuse.layers.kept import Kept, can_keep, is_distributed
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import PLAIN, ScaledProduct, Statistics, needs_plain, plain, scaled_output
@@ -38,6 +38,10 @@ class Pairing:
         norm: The norm; no part of the module tree of the product.
         channels: The channels of the norm that the product makes, in its order; None for all.
         same: Whether the layer pads its input as TensorFlow's ``SAME`` does.
+        weight: Keeps ``a W`` and the offset of a frozen pair.
+        scale: Keeps ``a`` and the offset of a frozen pair whose output is scaled.
+        rstd: Keeps ``r``.
+        compiled: Keeps what runs the pair by the compiled kernels, which keeps the same as the first two.
     """
 
     norm: nn.Module
@@ -150,10 +154,8 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
         return _normalize_after(x, weight, bias, norm, product)
     worth = WORTH if can_keep(weight) else 1
     on_output = product.output_size(x.shape, weight.shape) < worth * weight.numel()
-    if on_output:
-        factor, offset = fixed_scale(pairing.scale, bias, norm)
-    else:
-        factor, offset = fixed_weight(pairing.weight, weight, bias, norm, product, x.dtype)
+    kept = pairing.scale if on_output else pairing.weight
+    factor, offset = fixed_factors(kept, weight, bias, norm, product, x.dtype, on_output=on_output)
     if training and any(t is not None and t.requires_grad for t in (bias, norm.shift)):
         offset = norm.offset(norm.scale(), bias).to(factor.dtype)
     return scaled_output(x, weight, factor, offset, product) if on_output else product.run(x, factor, offset)

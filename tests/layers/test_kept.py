@@ -188,12 +188,14 @@ def test_reciprocal_deviations_are_kept_while_training(pair: nn.Sequential):
         assert error(one.grad, two.grad) <= EXACT
 
 
-def test_weight_that_is_large_beside_its_output_is_not_kept(pair: nn.Sequential):
+@pytest.mark.parametrize("shape", [(1, 4, 3, 3), (2, 4, 9, 9)])
+def test_weight_that_is_large_beside_its_output_is_not_kept(pair: nn.Sequential, shape: tuple[int, ...]):
     """A copy of it would cost more memory than Tune mode saves; the output is scaled instead."""
     with torch.no_grad():
-        expected = pair(image(1, 4, 3, 3))
+        given = image(*shape)
+        expected = pair(given)
         tuned = normfuse.tune_mode(pair)
-        assert error(expected, tuned(image(1, 4, 3, 3))) <= EXACT
+        assert error(expected, tuned(given)) <= EXACT
     assert pairing(tuned).weight.value is None
     assert [tensor.shape for tensor in pairing(tuned).scale.value] == [(8,), (8,)]
 

@@ -265,7 +265,8 @@ def test_only_gains_trained(kernels: Maker):
 
 def test_nothing_is_kept_where_it_must_not_be(kernels: Maker):
     product = PLAIN["2d groups 1"]
-    for size, numbers in ((17, 6 * 4 * 9 + 6), (2, 6 + 6)):  # a W and its offset, or where the output is scaled, a
+    weight, scale = 6 * 4 * 9 + 6, 6 + 6  # a W and its offset; or a, where the output is scaled
+    for size, numbers in ((17, weight), (9, scale), (2, scale)):
         values = [t.detach() for t in make(product, size)[:7]] + [0.1]
         pair = kernels(product.stride, product.padding, product.dilation, product.groups)
         pair.normalized(*values, False)
