@@ -69,7 +69,7 @@ def assign(module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor])
     for name, value in tensors.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = module_of(owner_name)
-        old = getattr(owner, attribute, None)
+        old = _held(owner, attribute)
         like = old if isinstance(old, Tensor) else next(iter(owner.parameters(recurse=False)))
         new = torch.empty_like(like.detach()) if like.shape == value.shape else like.new_empty(value.shape)
         new.copy_(value.detach())
@@ -77,6 +77,11 @@ def assign(module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor])
             owner._buffers[attribute] = new
         else:
             setattr(owner, attribute, nn.Parameter(new, requires_grad=like.requires_grad))
+
+
+def _held(owner: nn.Module, attribute: str) -> object:
+    """Return what a module holds under a name; an attribute of the class may answer for a buffer with another value."""
+    return owner._buffers[attribute] if attribute in owner._buffers else getattr(owner, attribute, None)
 
 
 # structure
@@ -201,7 +206,7 @@ def _resize(root: nn.Module, edit: Edit) -> None:
     for name, size in edit["attributes"].items():
         setattr(module, name, int(size))
     for name, shape in edit["tensors"].items():
-        old = getattr(module, name)
+        old = _held(module, name)
         like = old if isinstance(old, Tensor) else next(module.parameters(recurse=False))
         new = like.detach().new_empty(shape)
         if name in module._buffers:

@@ -67,13 +67,13 @@ class _Known:
 def _hold(layer: CalibratedLayer) -> _Known:
     """Register what the nodes of a layer hold, as buffers."""
     linear = isinstance(layer, CalibratedLinear)
-    weight = layer.weight.T.contiguous() if linear else layer.weight
+    weight = layer.integers.T.contiguous() if linear else layer.integers
     factor = 1 / powers_of_half(layer.input_shift, layer.input_scale.dtype)
     values = {
         "qdq_weight": weight,
-        "qdq_weight_zero": torch.zeros(len(layer.weight), dtype=torch.int8),
+        "qdq_weight_zero": torch.zeros(len(layer.integers), dtype=torch.int8),
         "qdq_input_zero": torch.zeros((), dtype=torch.int8),
-        "qdq_factor": factor if linear else factor.reshape(-1, *[1] * (layer.weight.dim() - 2)),
+        "qdq_factor": factor if linear else factor.reshape(-1, *[1] * (layer.integers.dim() - 2)),
     }
     for name, value in values.items():
         layer.register_buffer(name, value)

@@ -13,11 +13,16 @@ channel*), or one for all of them (*per tensor*). Where a convolution has one in
 the shift goes into ``t_n`` and costs the weights nothing; elsewhere the weights lose resolution in channels with a
 shift, which is why the number of groups is found on data. Part of the reconstruction described in
 :mod:`normfuse.quantization.shiftquant`.
+
+Code around a layer asks its ``weight`` for a dtype, a device or a shape, as vision models cast their pixels to it. So
+the buffer of that name holds Wq, and the attribute answers with what the integers stand for, in floating point:
+
+    weight_nk = t_n 2^g_k Wq_nk ~ W_nk
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +42,10 @@ class CalibratedLayer(QuantizingLayer):
     """What the calibrated layers share: integers, their scales, and the product.
 
     Attributes:
-        weight: Wq, int8, of the shape that the layer's weight has.
         weight_scale: t, ``(out,)``.
         input_scale: s_0, 0-d.
         input_shift: g, int8, ``(in,)``.
-        bias: ``(out,)`` in floating point, or None.
+        bias: ``(out,)`` in the dtype of the layer, or None.
         bits: Of weights and inputs, 3 to 8.
     """
 
@@ -54,16 +58,32 @@ class CalibratedLayer(QuantizingLayer):
     def _make(self, weight: tuple[int, ...], inputs: int, bias: bool, bits: int) -> None:
         """Make the tensors; ``weight`` is its shape and ``inputs`` the number of input channels.
 
-        Scales and bias are parameters that take no gradient, so that a model still shows its device and dtype.
+        Scales and bias are parameters that take no gradient, so that a model still shows its device and dtype; the
+        bias comes first, since models answer with the dtype of their first parameter, and scales can be wider.
         """
         if not 3 <= bits <= 8:
             raise ValueError(f"bits must be 3 to 8, not {bits}")
         self.bits = bits
-        self.register_buffer("weight", torch.zeros(weight, dtype=torch.int8))
+        self.bias = nn.Parameter(torch.zeros(weight[0]), requires_grad=False) if bias else None
+        # not by register_buffer, which takes no name that the class answers to
+        self._buffers["weight"] = torch.zeros(weight, dtype=torch.int8)
         self.weight_scale = nn.Parameter(torch.ones(weight[0]), requires_grad=False)
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_shift", torch.zeros(inputs, dtype=torch.int8))
-        self.bias = nn.Parameter(torch.zeros(weight[0]), requires_grad=False) if bias else None
+
+    @property
+    def integers(self) -> Tensor:
+        """Wq, int8, of the shape that the layer's weight has; the entry ``weight`` of a state dict."""
+        return cast("Tensor", self._buffers["weight"])
+
+    @property
+    def weight(self) -> Tensor:
+        """What the integers stand for, in the dtype of the layer; worked out at each reading, and never trained."""
+        scale = self.weight_scale.detach()
+        groups, (outputs, inputs) = getattr(self, "groups", 1), self.integers.shape[:2]
+        columns = powers_of_half(self.input_shift, scale.dtype).reciprocal().reshape(groups, 1, inputs)
+        factors = (scale.reshape(groups, -1, 1) * columns).reshape(outputs, inputs, *[1] * (self.integers.dim() - 2))
+        return (self.integers * factors).to(scale.dtype if self.bias is None else self.bias.dtype)
 
     @property
     def limit(self) -> int:
@@ -82,7 +102,7 @@ class CalibratedLayer(QuantizingLayer):
 
     def extra_repr(self) -> str:
         """Show the sizes, the bits, and how many scales the inputs have."""
-        return f"{tuple(self.weight.shape)}, bits={self.bits}, input_groups={self.input_groups}"
+        return f"{tuple(self.integers.shape)}, bits={self.bits}, input_groups={self.input_groups}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Convert as torch does, but keep scales in float32 at least: float16 has no numbers that small."""
@@ -118,6 +138,9 @@ class CalibratedLayer(QuantizingLayer):
             return super().prepared()
         finally:
             self.training = mode
+
+    def _stored(self) -> Tensor:
+        return self.integers
 
     def _quantize(self, weight: Tensor, *, reused: bool) -> list[Prepared]:
         return [Prepared(_plain(rows, self.bits), reused=reused) for rows in self.weight_rows(weight)]
@@ -227,7 +250,7 @@ class _CalibratedConv(CalibratedLayer):
 
     def _convolve(self, values: Tensor, pads: tuple[int, ...]) -> Tensor:
         flat = self.dims == 1
-        image, kernel = (t.unsqueeze(2) if flat else t for t in (values, self.weight))  # (N, C, L) -> (N, C, 1, L)
+        image, kernel = (t.unsqueeze(2) if flat else t for t in (values, self.integers))  # (N, C, L) -> (N, C, 1, L)
         sizes = ((1, *size)[-2:] for size in (self.kernel_size, self.stride, self.dilation))
         windows = Windows(*sizes, pads)  # type: ignore[arg-type]
         shape = windows.outputs(*image.shape[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -73,5 +74,5 @@ def calibrated(
     kind: Any = next(KINDS[cls] for cls in type(module).__mro__ if cls in KINDS)
     new = kind(**arguments_of(module, bits))
     for name, value in tensors_of(module, input_scale, input_shift, bits, per_channel=per_channel).items():
-        getattr(new, name).data = value.clone()
+        dict(itertools.chain(new.named_parameters(), new.named_buffers()))[name].data = value.clone()
     return new.to(module.weight.device).eval()

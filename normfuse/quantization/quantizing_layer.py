@@ -72,7 +72,6 @@ class QuantizingLayer(nn.Module):
     mode is not seen: call ``train()`` or ``eval()`` after it.
     """
 
-    weight: Tensor
     precision: Precision
     _kept: tuple[weakref.ref[Tensor], tuple[int, int], list[Prepared]] | None = None
 
@@ -98,7 +97,7 @@ class QuantizingLayer(nn.Module):
 
     def prepared(self) -> list[Prepared]:
         """Return the right operand of each product, made now or kept from an earlier call."""
-        weight = self.weight
+        weight = self._stored()
         if self.training or weight.is_inference():
             self._kept = None
             return self._quantize(weight, reused=False)
@@ -106,6 +105,10 @@ class QuantizingLayer(nn.Module):
         if self._kept is None or self._kept[0]() is not weight or self._kept[1] != state:
             self._kept = weakref.ref(weight), state, self._quantize(weight, reused=True)
         return self._kept[2]
+
+    def _stored(self) -> Tensor:
+        """Return the tensor that the right operands are made of."""
+        return cast("Any", self).weight
 
     def _quantize(self, weight: Tensor, *, reused: bool) -> list[Prepared]:
         quantizer = self.precision.weight

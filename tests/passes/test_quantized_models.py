@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_tied_weights_stay_tied_for_training():
     assert quantized[1].weight is quantized[0].weight
     fixed: Any = normfuse.quantize(net, calibration=[torch.tensor([[1, 2]])])
     assert fixed[0].weight.dtype == torch.float32
-    assert fixed[1].weight.dtype == torch.int8
+    assert fixed[1].integers.dtype == torch.int8
 
 
 def test_a_calibrated_model_does_not_train_and_one_for_training_does():
@@ -108,6 +109,41 @@ def test_half_precision_and_in_place():
     assert quantized is model
     assert quantized[0].weight_scale.dtype == torch.float32
     assert quantized(x).dtype == torch.bfloat16
+
+
+class Asking(nn.Module):
+    """A network that casts its input to what ``ask`` answers, as those of transformers ask a layer or the model."""
+
+    def __init__(self, ask: Callable[[Any], torch.dtype]) -> None:
+        super().__init__()
+        self.projection, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.projection(x.to(self.ask(self))).flatten(2).mean(2))
+
+
+ASKED: dict[str, Callable[[Any], torch.dtype]] = {
+    "weight of the first layer": lambda model: model.projection.weight.dtype,
+    "bias of the first layer": lambda model: model.projection.bias.dtype,
+    "weight of the last layer": lambda model: model.head.weight.dtype,
+    "first parameter": lambda model: next(model.parameters()).dtype,
+    "first of floating point": lambda model: next(p.dtype for p in model.parameters() if p.is_floating_point()),
+    "a new tensor": lambda model: model.projection.weight.new_zeros(1).dtype,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("asked", ASKED)
+def test_models_that_ask_for_a_dtype(asked: str, calibrated: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = Asking(ASKED[asked]).to(dtype).eval()
+    data = torch.rand(6, 3, 16, 16).to(dtype) * 2 - 1  # as integers, all would be zero
+    options: dict[str, Any] = {"calibration": [data]} if calibrated else {"example_inputs": data}
+    quantized = normfuse.quantize(model, **options)
+    assert quantized(data.float()).dtype == dtype
+    assert error(model(data.float()), quantized(data.float())) < 0.05
 
 
 def test_loader_of_pairs_and_a_layer_that_is_called_twice():

@@ -50,9 +50,9 @@ def test_linear_is_its_definition_to_the_bit(ranges: str, bits: int, groups: int
     module = nn.Linear(20, 9, bias=per_channel).double()
     layer = form(module, x, bits, groups, per_channel=per_channel)
     for values in (x, 1.7 * x):  # the second saturates
-        expected = scaled(integers(layer, values, 1) @ layer.weight.double().T, layer)
+        expected = scaled(integers(layer, values, 1) @ layer.integers.double().T, layer)
         assert torch.equal(layer(values), expected)
-    assert int(layer.weight.abs().max()) <= layer.limit
+    assert int(layer.integers.abs().max()) <= layer.limit
 
 
 @pytest.mark.parametrize("bits", [8, 5])
@@ -64,7 +64,7 @@ def test_conv_is_its_definition_to_the_bit(bits: int, dims: int, options: dict[s
     seen, padding = padded(x, module)
     plain = copy.deepcopy(module)
     plain.bias = None
-    sums = convolve(plain, integers(layer, seen, 1), layer.weight.double(), padding)
+    sums = convolve(plain, integers(layer, seen, 1), layer.integers.double(), padding)
     expected = scaled(sums.movedim(1, -1), layer).movedim(-1, 1)
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer(x[0]), expected[0])
@@ -95,7 +95,34 @@ def test_weights_are_within_half_a_step(bits: int):
         by_output = columns.expand(-1, len(module.weight) // len(columns), -1).flatten(0, 1)
         step = layer.weight_scale.reshape(-1, 1) * by_output
         step = step.reshape(*step.shape, *[1] * (module.weight.dim() - 2))
-        assert bool(((layer.weight * step - module.weight).abs() <= step * 0.5000001).all())
+        assert bool(((layer.integers * step - module.weight).abs() <= step * 0.5000001).all())
+        assert torch.equal(layer.weight, layer.integers * step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_tensors_answer_as_those_of_the_layer(dtype: torch.dtype, bias: bool):
+    """Networks ask layers for dtype, device and shape, and some read the numbers."""
+    for module in (nn.Linear(20, 9, bias), nn.Conv2d(8, 6, 3, groups=2, bias=bias), nn.Conv1d(6, 6, 3, groups=6)):
+        module = module.to(dtype)
+        size = [20] if isinstance(module, nn.Linear) else [module.in_channels, *[7] * len(module.kernel_size)]
+        layer: Any = form(module, image(4, *size, dtype=dtype))
+        for found, given in ((layer.weight, module.weight), (layer.bias, layer.weight.new_zeros(len(module.weight)))):
+            assert (found.dtype, found.shape, found.device) == (dtype, given.shape, given.device)
+        assert next(layer.parameters()).dtype == dtype
+        assert not layer.weight.requires_grad
+        assert error(module.weight.detach(), layer.weight) < 0.05
+
+
+def test_state_dicts_have_the_entries_of_the_first_version():
+    layer = form(nn.Conv2d(4, 5, 3), image(2, 4, 6, 6, dtype=torch.float32))
+    floats = {"bias": torch.float32, "weight_scale": torch.float32, "input_scale": torch.float32}
+    state = layer.state_dict()
+    assert {k: v.dtype for k, v in state.items()} == {**floats, "weight": torch.int8, "input_shift": torch.int8}
+    fresh = CalibratedConv2d(4, 5, (3, 3))
+    fresh.load_state_dict(state, assign=True)
+    assert fresh.integers.data_ptr() == layer.integers.data_ptr()
+    assert torch.equal(fresh.weight, layer.weight)
 
 
 def test_depthwise_shifts_cost_the_weights_nothing():
@@ -103,7 +130,7 @@ def test_depthwise_shifts_cost_the_weights_nothing():
     x = image(2, 6, 8, 8)
     one, many = form(module, x, groups=1), form(module, x, groups=7)
     assert many.input_groups > 2
-    assert torch.equal(one.weight, many.weight)
+    assert torch.equal(one.integers, many.integers)
     k, expected = int(many.input_shift.argmax()), module(x).detach()
     assert error(expected[:, k], many(x)[:, k]) < error(expected[:, k], one(x)[:, k]) / 4
 
@@ -144,7 +171,7 @@ def test_to_another_dtype(dtype: torch.dtype):
     assert y.dtype == dtype
     assert error(expected, y) < 0.05
     assert layer.to(dtype).weight_scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert layer.weight.dtype == torch.int8
+    assert layer.integers.dtype == torch.int8
 
 
 def test_copies_files_and_modes():
