@@ -17,16 +17,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normfuse import adapters
 from normfuse.base import Reason, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, function_name
 from normfuse.layers.l1_layer_norm import L1TokenNorm
 
 Kind = Literal["conv", "linear", "embedding", "addend", "factor", "norm", "attention"]
 _CONV_FUNCTIONS = {f"conv{t}{n}d": t == "_transpose" for t in ("", "_transpose") for n in (1, 2, 3)}
-_CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_ADDMM_ARGS = ("input", "mat1", "mat2")
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, L1TokenNorm)
-_CONV_TRANSPOSE_ARGS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def input_side(node: fx.Node, value: fx.Node, graph: ModelGraph) -> Absorber | N
 def _operand(node: fx.Node) -> Any:
     """Return what a layer or its function is applied to."""
     if function_name(node) == "addmm":
-        return _bound(node, _ADDMM_ARGS).get("mat1")
+        return arguments_of(node).get("mat1")
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
@@ -116,31 +114,23 @@ def _function(node: fx.Node, graph: ModelGraph) -> Absorber | None:
     plain = function_name(node)
     if plain in _CONV_FUNCTIONS:
         transposed = _CONV_FUNCTIONS[plain]
-        args = _bound(node, _CONV_TRANSPOSE_ARGS if transposed else _CONV_ARGS)
+        args = arguments_of(node)
         return _on_parameters("conv", node, args, graph, args.get("groups", 1), transposed)
     if plain == "linear":
-        return _on_parameters("linear", node, _bound(node, ("input", "weight", "bias")), graph)
+        return _on_parameters("linear", node, arguments_of(node), graph)
     if plain == "addmm":
         return _matrix_product(node, graph)
     if plain == "embedding":
-        args = _bound(node, ("input", "weight"))
-        if "max_norm" in args and args["max_norm"] is not None:
-            return None
-        swapped = {"input": args.get("weight"), "weight": args.get("input")}
-        by_torch = isinstance(args.get("input"), fx.Node) and args["input"].op == "get_attr"
-        return _on_parameters("embedding", node, swapped if by_torch else args, graph)
-    if plain == "layer_norm":
-        return _on_parameters("norm", node, _bound(node, ("input", "shape", "weight", "bias")), graph)
-    if plain in ("batch_norm", "group_norm") and node.target is getattr(nn.functional, plain):
-        order = ("input", "running_mean", "running_var", "weight", "bias")
-        order = order if plain == "batch_norm" else ("input", "groups", "weight", "bias")
-        return _on_parameters("norm", node, _bound(node, order), graph)
+        args = arguments_of(node)
+        return None if args.get("max_norm") is not None else _on_parameters("embedding", node, args, graph)
+    if plain in ("layer_norm", "batch_norm", "group_norm"):
+        return _on_parameters("norm", node, arguments_of(node), graph)
     return None
 
 
 def _matrix_product(node: fx.Node, graph: ModelGraph) -> Absorber | None:
     """``addmm(bias, x, weight)``: a linear layer with a weight of ``(in, out)`` and a bias of ``(out,)``."""
-    args = _bound(node, _ADDMM_ARGS)
+    args = arguments_of(node)
     weight, bias = args.get("mat2"), args.get("input")
     if args.get("alpha", 1) != 1 or args.get("beta", 1) != 1 or node.kwargs.get("out") is not None:
         return None
@@ -171,29 +161,13 @@ def _on_parameters(
 
 
 def _attention(node: fx.Node, value: fx.Node) -> Absorber | None:
-    order = (
-        "query",
-        "key",
-        "value",
-        "embed_dim",
-        "heads",
-        "in_proj_weight",
-        "in_proj_bias",
-        "bias_k",
-        "bias_v",
-        "zero",
-    )
-    args = _bound(node, order)
+    args = arguments_of(node)
     weight, bias = args.get("in_proj_weight"), args.get("in_proj_bias")
     own = all(args.get(key) is value for key in ("query", "key", "value"))
     if not own or not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     name = str(weight.target).rpartition(".")[0]
     return Absorber("attention", name, str(weight.target), str(bias.target) if isinstance(bias, fx.Node) else None)
-
-
-def _bound(node: fx.Node, order: tuple[str, ...]) -> dict[str, Any]:
-    return {**dict(zip(order, node.args, strict=False)), **dict(node.kwargs)}
 
 
 def _pads(padding: Any, kernel: tuple[int, ...]) -> bool:

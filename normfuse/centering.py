@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from normfuse import absorbers
 from normfuse.absorbers import Absorber
 from normfuse.base import Reason, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture.recorded import opaque, pick
 from normfuse.graph import ModelGraph, function_name
 from normfuse.numerics import exact
 
 _ATTENTION = "multi_head_attention_forward"
-_OUTPUT_PROJECTION = (11, 12)  # out_proj_weight and out_proj_bias among the arguments of that function
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def writer_of(node: fx.Node, axis: int | None, graph: ModelGraph) -> Writer | No
     """
     if node.op == "get_attr":
         return _parameter(node, axis)
-    found = _attention(node) or _matrix_product(node) or _layer(node, graph)
+    found = _attention(node) or _layer(node, graph)
     if found is None:
         return None
     absorber, out_axis, from_end = found
@@ -101,31 +101,20 @@ def _layer(node: fx.Node, graph: ModelGraph) -> tuple[Absorber, int, int] | None
     return absorber, int(absorber.kind == "embedding" or absorber.transposed), 1
 
 
-def _matrix_product(node: fx.Node) -> tuple[Absorber, int, int] | None:
-    """``addmm(bias, x, weight)``, with a weight of ``(in, out)``, as the Conv1D of GPT-2 calls it."""
-    if function_name(node) != "addmm" or len(node.args) != 3:
-        return None
-    return _on_parameters(node.args[2], node.args[0], 1)
-
-
 def _attention(node: fx.Node) -> tuple[Absorber, int, int] | None:
     """The output of ``F.multi_head_attention_forward``, which ends in a linear layer."""
     call: Any = node.args[0] if node.target in (pick, opaque) and node.args else None
     if call is None or function_name(call) != _ATTENTION or node is not results(call)[0]:
         return None
-    weight, bias = (call.args[i] if len(call.args) > i else None for i in _OUTPUT_PROJECTION)
-    weight, bias = call.kwargs.get("out_proj_weight", weight), call.kwargs.get("out_proj_bias", bias)
-    return _on_parameters(weight, bias, 0)
-
-
-def _on_parameters(weight: Any, bias: Any, out_axis: int) -> tuple[Absorber, int, int] | None:
+    given = arguments_of(call)
+    weight, bias = given.get("out_proj_weight"), given.get("out_proj_bias")
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     if isinstance(bias, fx.Node) and bias.op != "get_attr":
         return None
     name = str(weight.target).rpartition(".")[0]
     bias_name = str(bias.target) if isinstance(bias, fx.Node) else None
-    return Absorber("linear", name, str(weight.target), bias_name), out_axis, 1
+    return Absorber("linear", name, str(weight.target), bias_name), 0, 1
 
 
 def _value(name: str, graph: ModelGraph) -> Tensor | None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from normfuse import adapters
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.graph import ModelGraph, function_name
 from normfuse.layers.l1_layer_norm import L1TokenNorm
 from normfuse.norms import Norm
@@ -28,12 +29,7 @@ from normfuse.ranks import ranks
 
 _TRAILING = (nn.LayerNorm, nn.RMSNorm, L1TokenNorm)
 _CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_ARGUMENTS = {
-    "layer_norm": ("input", "normalized_shape", "weight", "bias"),
-    "rms_norm": ("input", "normalized_shape", "weight"),
-    "group_norm": ("input", "num_groups", "weight", "bias"),
-}
-_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias")
+_FUNCTIONS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +143,9 @@ def _of_leaf(norm: Norm, node: fx.Node, graph: ModelGraph) -> Gain | None:
 
 def _of_function(norm: Norm, node: fx.Node, graph: ModelGraph) -> Gain | None:
     name = function_name(node)
-    order = _INSTANCE_NORM if node.target is nn.functional.instance_norm else _ARGUMENTS.get(name)
-    if order is None or node.op != "call_function":
+    if name not in _FUNCTIONS:
         return None
-    given: dict[str, Any] = {**dict(zip(order, node.args, strict=False)), **dict(node.kwargs)}
+    given = arguments_of(node)
     if given.get("running_mean") is not None:
         return None
     scale, shift = given.get("weight"), given.get("bias")

@@ -139,9 +139,8 @@ def _without_shapes(node: fx.Node, given: AffineMap, graph: ModelGraph, *, forwa
     operation, source = describe(node, graph), describe(source_of(node), graph)
     pooled = source.name == "adaptive_avg_pool" and source.args.get("output_size") in (1, (1, 1), [1, 1])
     args = operation.args
-    start = args.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
     flattens = node.op == "call_module" or args.get("function") == "flatten"
-    if not (pooled and flattens and start == 1):
+    if not (pooled and flattens and args.get("start_dim", 0) == 1):
         raise Refused(Reason.RANK_UNKNOWN, f"the shapes around {operation.label} are not known", "pass example_inputs")
     shape = (1, -1) if forwards else (1, -1, 1, 1)
     return given.transform(lambda t: t.reshape(shape))

@@ -161,7 +161,9 @@ def _require_plain_add(op: Operation) -> None:
 
 
 def _operands(op: Operation) -> list[Any]:
-    return [value for key in ("input", "other") if (value := op.args.get(key)) is not None] if op.args else []
+    values = [op.args.get(key) for key in ("input", "other")]
+    require(None not in values, op)
+    return values
 
 
 def _size(value: fx.Node, axis: int, op: Operation, graph: ModelGraph) -> int:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -21,6 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normfuse import adapters, constant_maps, numerics, written_norms
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import affine_inference
 from normfuse.constant_maps import ConstantMap
 from normfuse.graph import ModelGraph, ModuleCall, function_name, is_uninitialized
@@ -32,8 +32,6 @@ _TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalRespo
 _NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$|[a-z]BN$|^(I?GDN\w{0,2}|RN_(B|L|binarylabel)|LayerScaling)$")
 _HOLDS_LAYERS = ("LearnedRegionNorm", "RN_L")  # norms that make their gain and shift with layers of their own
 _NORM_FUNCTIONS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm")
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_NATIVE_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 
 
 @dataclass(slots=True)
@@ -128,12 +126,6 @@ def _scope_name(node: fx.Node) -> str:
 
 def _same_call(node: fx.Node, other: fx.Node) -> bool:
     return node.target == other.target and [str(a) for a in node.args[1:]] == [str(a) for a in other.args[1:]]
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a ``batch_norm`` node by the names of ``F.batch_norm``."""
-    names = _BATCH_NORM if node.target is F.batch_norm else _NATIVE_BATCH_NORM
-    return {**dict(zip(names, node.args, strict=False)), **dict(node.kwargs)}
 
 
 @torch.no_grad()
@@ -235,7 +227,7 @@ def _require_eval(name: str, graph: ModelGraph) -> None:
 
 
 def _function_affine(name: str, node: fx.Node, graph: ModelGraph) -> tuple[Tensor, Tensor]:
-    given = arguments(node)
+    given = arguments_of(node)
     if given.get("training") or name in graph.training:
         raise Refused(Reason.BATCH_STATISTICS, f"{name} is called with training=True", "it needs stored statistics")
     values: dict[str, Tensor | None] = {}

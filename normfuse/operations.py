@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, function_name
 
@@ -22,7 +23,7 @@ class Operation:
     Attributes:
         name: The canonical name; ``""`` where none is known.
         inputs: The values it reads, in order of the arguments (the items of a list argument in line).
-        args: Arguments by name, for the operations that need them.
+        args: Arguments by name: those of :mod:`normfuse.call_arguments`, or the attributes of a layer.
         label: How to call it in a message: ``"layer1.0.relu (ReLU)"`` or ``"torch.relu"``.
     """
 
@@ -67,8 +68,6 @@ _GROUPS = {
     "upsample_bicubic2d",
 }
 _CANONICAL = {name: group for group, names in _GROUPS.items() for name in names.split()} | _SYNONYMS
-_POOL_ARGS = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-_MAX_POOL_ARGS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
 def describe(node: fx.Node, graph: ModelGraph) -> Operation:
@@ -86,7 +85,7 @@ def describe(node: fx.Node, graph: ModelGraph) -> Operation:
     label = f"{plain or node.name} in {_where(node)}"
     if name == "getitem" or plain == "getitem":
         name = "gather"
-    return Operation(name, _in_order(node), _arguments(name, plain, node), label)
+    return Operation(name, _in_order(node), {**arguments_of(node), "function": plain}, label)
 
 
 def _of_layer(node: fx.Node, graph: ModelGraph, inputs: tuple[fx.Node, ...]) -> Operation:
@@ -115,28 +114,3 @@ def _in_order(node: fx.Node) -> tuple[fx.Node, ...]:
 def _where(node: fx.Node) -> str:
     scope = node.meta.get("scope", ())
     return (scope[-1].name or "the model") if scope else "the model"
-
-
-def _arguments(name: str, plain: str, node: fx.Node) -> dict[str, Any]:
-    order = _ORDERS.get(name, ())
-    return {**dict(zip(order, node.args, strict=False)), **dict(node.kwargs), "function": plain}
-
-
-_ORDERS: dict[str, tuple[str, ...]] = {
-    "avg_pool": _POOL_ARGS,
-    "max_pool": _MAX_POOL_ARGS,
-    "interpolate": ("input", "size", "scale_factor", "mode"),
-    "pad": ("input", "padding", "mode", "value"),
-    "constant_pad_nd": ("input", "padding", "value"),
-    "mean": ("input", "dim", "keepdim"),
-    "sum": ("input", "dim", "keepdim"),
-    "amax": ("input", "dim", "keepdim"),
-    "cat": ("tensors", "dim"),
-    "stack": ("tensors", "dim"),
-    "add": ("input", "other"),
-    "sub": ("input", "other"),
-    "mul": ("input", "other"),
-    "div": ("input", "other"),
-    "neg": ("input",),
-    "relu": ("input",),
-}

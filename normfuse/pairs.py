@@ -19,6 +19,7 @@ from normfuse import adapters, norms, numerics
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture import record, trace
 from normfuse.capture.leaves import base_layer
 from normfuse.errors import CaptureError
@@ -116,7 +117,7 @@ def _require_own_values(norm: Norm, graph: ModelGraph) -> None:
     for node in norm.nodes:
         if node.op == "call_module" and (base_layer(module) is not None or adapters.is_known(module)):
             continue
-        given = norms.arguments(node) if function_name(node) == "batch_norm" else {"training": True}
+        given = arguments_of(node) if function_name(node) == "batch_norm" else {"training": True}
         plain = all(_is(given.get(key), getattr(module, key), graph) for key in _VALUES)
         if given.get("training") or not plain or given.get("eps", 1e-5) != getattr(module, "eps", None):
             text = f"{norm.name} ({norm.layer}) does not normalize by its own running statistics, gain and shift"

@@ -41,10 +41,8 @@ def _is_active_dropout(node: fx.Node, op: Operation, graph: ModelGraph) -> bool:
         return False
     if scope and scope[-1].name in graph.training:
         return True
-    position = 3 if function == "stochastic_depth" else 2
     default = function not in ("alpha_dropout", "feature_alpha_dropout", "native_dropout")
-    training = node.kwargs.get("training", node.args[position] if len(node.args) > position else default)
-    return bool(node.kwargs.get("train", training))
+    return bool(op.args.get("training", op.args.get("train", default)))
 
 
 def _gather(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from normfuse import gather
 from normfuse.base import Reason, Refusal, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import base_layer
 from normfuse.centering import Writer, results, writer_of
 from normfuse.graph import ModelGraph, function_name
@@ -73,8 +74,7 @@ def normalized_shape(node: fx.Node, graph: ModelGraph) -> tuple[int, ...]:
     module: Any = graph.module_of(node)
     if module is not None:
         return tuple(module.normalized_shape)
-    shape: Any = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
-    return tuple(shape)
+    return tuple(arguments_of(node)["normalized_shape"])
 
 
 class StreamFinder:
@@ -155,8 +155,8 @@ class StreamFinder:
     def _is_plain(self, node: fx.Node) -> bool:
         module: Any = self.graph.module_of(node)
         if module is None:
-            names = dict(zip(("input", "shape", "weight", "bias"), node.args, strict=False)) | node.kwargs
-            return names.get("weight") is None and names.get("bias") is None
+            given = arguments_of(node)
+            return given.get("weight") is None and given.get("bias") is None
         weight, bias = module.weight, module.bias
         uniform = weight is None or bool((weight == weight.flatten()[0]).all())
         return uniform and (bias is None or not bool(bias.any()))

@@ -113,7 +113,7 @@ def _mean_square(node: fx.Node, graph: ModelGraph, *, inverted: bool) -> tuple[f
     if not inverted and operation.name == "add" and len(operation.inputs) == 1:  # eps outside of the root
         return _mean_square(operation.inputs[0], graph, inverted=False)
     if not inverted and operation.name == "std":
-        return operation.inputs[0], _axes(node, operation)
+        return operation.inputs[0], operation.args.get("dim")
     root = {("sqrt", False), ("rsqrt", True)}
     power = operation.name == "pow" and node.args[1:2] == ((-0.5,) if inverted else (0.5,))
     if (operation.name, inverted) not in root and not power:
@@ -129,21 +129,16 @@ def _squares(node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, Any] | None:
     operation = describe(node, graph)
     both = _part_of_both(node, 0, graph)
     if both is not None:
-        whole = node.all_input_nodes[0]
-        return both, _axes(whole, describe(whole, graph))
+        return both, describe(node.all_input_nodes[0], graph).args.get("dim")
     if operation.name == "var":
-        return operation.inputs[0], _axes(node, operation)
+        return operation.inputs[0], operation.args.get("dim")
     if operation.name != "mean":
         return None
     inner = _plain(operation.inputs[0], graph)
     square = describe(inner, graph)
     itself = square.name == "mul" and len(square.inputs) == 2 and square.inputs[0] is square.inputs[1]
     power = square.name == "pow" and inner.args[1:2] in ((2,), (2.0,))
-    return (square.inputs[0], _axes(node, operation)) if itself or power or square.name == "square" else None
-
-
-def _axes(node: fx.Node, operation: Operation) -> Any:
-    return operation.args.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return (square.inputs[0], operation.args.get("dim")) if itself or power or square.name == "square" else None
 
 
 def _kind(value: fx.Node, axes: Any, *, centred: bool, graph: ModelGraph) -> str | None:

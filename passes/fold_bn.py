@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from normfuse import adapters, norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import affine_inference
 from normfuse.graph import ModelGraph
 from normfuse.layers.power_norm import GroupScaling, PowerNorm
@@ -168,7 +169,7 @@ def _on_input_alone(spec: surgery.Spec, norm: Norm) -> surgery.Spec:
 
 def _neutral(norm: Norm, graph: ModelGraph) -> dict[str, Tensor]:
     """Return statistics and affine parameters with which a ``batch_norm`` call, which stays, changes nothing."""
-    given = norms.arguments(norm.nodes[0])
+    given = arguments_of(norm.nodes[0])
     makers: dict[str, Callable[[Tensor], Tensor]] = {
         "running_mean": torch.zeros_like,
         "running_var": lambda t: torch.ones_like(t) - given.get("eps", 1e-5),

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from normfuse import computed, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.capture import record
 from normfuse.capture.leaves import base_layer
 from normfuse.capture.modes import eval_mode
@@ -148,7 +149,7 @@ def _own_forward(name: str, module: nn.Module) -> _OwnForward | None:
         return None
     for node in graph.nodes:
         if function_name(node) in ("conv1d", "conv2d", "conv3d", "linear") and not graph.is_constant(node):
-            weight = _argument(node, 1, "weight")
+            weight = arguments_of(node).get("weight")
             if isinstance(weight, fx.Node) and weight.op != "get_attr" and graph.is_constant(weight):
                 return _OwnForward(name, graph, node)
     return None
@@ -163,15 +164,11 @@ def _probe(module: Any) -> Tensor:
     return torch.zeros(1, module.in_channels, *(k * s * d + 1 for k, s, d in rows), **like)
 
 
-def _argument(node: fx.Node, position: int, key: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(key)
-
-
 def _as_plain_layer(site: _OwnForward, graph: ModelGraph) -> _OwnForward:
     """Return the site with the weight, and the edits that make its layer one with a plain weight."""
     module: Any = graph.module(site.module)
     target = _plain_class(site, module)
-    value = site.graph.value(_argument(site.node, 1, "weight"))
+    value = site.graph.value(arguments_of(site.node)["weight"])
     if value.shape != module.weight.shape or value.dtype != module.weight.dtype:
         text = f"the weight that {site.module} computes is not of the shape and dtype it stores"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)
@@ -192,7 +189,7 @@ def _plain_class(site: _OwnForward, module: nn.Module) -> str:
         return _SAME_PADDED[own]
     active = [n for n in site.graph.nodes if n.op.startswith("call") and not site.graph.is_constant(n)]
     call = site.graph.calls_of("")[0]
-    source = _argument(site.node, 0, "input")
+    source = arguments_of(site.node).get("input")
     alone = active == [site.node] and call.outputs == (site.node,) and call.inputs == (source,)
     if not alone or not _as_declared(site.node, module):
         text = f"{site.module} ({type(module).__name__}) does more than apply a computed weight"
@@ -203,15 +200,14 @@ def _plain_class(site: _OwnForward, module: nn.Module) -> str:
 
 def _as_declared(node: fx.Node, module: Any) -> bool:
     """Whether a call of a convolution or linear function uses the bias and the numbers that its layer stores."""
-    bias = _argument(node, 2, "bias")
+    given = arguments_of(node)
+    bias = given.get("bias")
     same_bias = module.bias is None if bias is None else isinstance(bias, fx.Node) and bias.target == "bias"
     if not isinstance(module, _ConvNd):
         return same_bias
     numbers = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    given = [_argument(node, 3 + i, key) or numbers[key] for i, key in enumerate(numbers)]
-    wanted = [getattr(module, key) for key in numbers]
     count = len(module.kernel_size)
-    same = [_spread(a, count) == _spread(b, count) for a, b in zip(given, wanted, strict=True)]
+    same = [_spread(given.get(k, n), count) == _spread(getattr(module, k), count) for k, n in numbers.items()]
     return same_bias and module.padding_mode == "zeros" and all(same)
 
 

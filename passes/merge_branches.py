@@ -212,7 +212,7 @@ class _Finder:
         left, right = args.get("input"), args.get("other")
         if name == "add" and isinstance(right, fx.Node) and not isinstance(left, fx.Node):
             left, right = right, left
-        if not isinstance(left, fx.Node) or args.get("alpha", 1) != 1:
+        if not isinstance(left, fx.Node) or right is None or args.get("alpha", 1) != 1:
             return {}
         if not isinstance(right, fx.Node):
             return self._of_number(left, -float(right) if name == "sub" else float(right))
@@ -232,9 +232,9 @@ class _Finder:
         return {base: f.then(torch.ones_like(f.bias), torch.full_like(f.bias, number)) for base, f in forms.items()}
 
     def _of_factor(self, args: dict[str, Any]) -> Forms:
-        pair = [args.get("input"), args.get("other")]
+        pair: list[Any] = [args.get("input"), args.get("other")]
         values = [v for v in pair if isinstance(v, fx.Node) and not self.graph.is_constant(v)]
-        if len(values) != 1:
+        if len(values) != 1 or None in pair:
             return {}
         other = next(v for v in pair if v is not values[0])
         shape = self.graph.shape(values[0])

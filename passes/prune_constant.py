@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normfuse import norms
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
+from normfuse.call_arguments import arguments_of
 from normfuse.graph import ModelGraph, function_name
 from normfuse.legality import require_no_hooks
 from normfuse.norms import Norm
@@ -151,7 +152,7 @@ def _through(node: fx.Node, constant: Tensor, graph: ModelGraph) -> Tensor:
 
 
 def _averages_space(node: fx.Node, name: str, graph: ModelGraph) -> bool:
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    axes = arguments_of(node).get("dim")
     shape = graph.shape(node.all_input_nodes[0]) if node.all_input_nodes else None
     if name not in ("mean", "amax") or shape is None or not isinstance(axes, list | tuple):
         return False

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("errors", "numerics", "adapters", "computed", "native"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
-    ("affine", "graph"),
+    ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),
     ("norms", "ranks", "constant_maps", "written_norms", "operations", "branches", "scopes", "gains"),
     ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
