@@ -30,7 +30,7 @@ def absorb_output(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[s
     weight = graph.tensor(absorber.weight).detach()
     if absorber.kind in ("addend", "factor"):
         return _absorb_constant(absorber, weight, m)
-    scale, shift = _vectors(m, _channel_axis(absorber, weight, graph), _out_size(absorber, weight), absorber)
+    scale, shift = m.vectors(_channel_axis(absorber, weight, graph), _out_size(absorber, weight), absorber.name)
     if absorber.kind == "embedding":
         return {absorber.weight: numerics.exact(weight) * scale + shift}
     if absorber.kind == "norm":
@@ -50,7 +50,7 @@ def absorb_input(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[st
     if m.has_shift and absorber.padded:
         raise Refused(Reason.NONZERO_PADDING, f"{absorber.name} pads with zeros, which a shift cannot enter")
     in_size = weight.shape[0] if absorber.transposed else weight.shape[1] * absorber.groups
-    scale, shift = _vectors(m, _channel_axis(absorber, weight, graph), in_size, absorber)
+    scale, shift = m.vectors(_channel_axis(absorber, weight, graph), in_size, absorber.name)
     new = numerics.scale_inputs(weight, scale, groups=absorber.groups, transposed=absorber.transposed)
     if not m.has_shift:
         return {absorber.weight: new}
@@ -58,13 +58,6 @@ def absorb_input(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[st
     added = numerics.output_of_shift(by_output, shift, groups=absorber.groups)
     old_bias = _bias(absorber, graph)
     return _with_bias(absorber, new, old_bias, added if old_bias is None else old_bias + added, graph)
-
-
-def _vectors(m: AffineMap, axis: int, size: int, absorber: Absorber) -> tuple[Tensor, Tensor]:
-    try:
-        return m.vectors(axis, size)
-    except RuntimeError as error:
-        raise Refused(Reason.AXIS, f"the map has another number of channels than {absorber.name}") from error
 
 
 def _out_size(absorber: Absorber, weight: Tensor) -> int:

@@ -40,9 +40,9 @@ class AffineMap:
         return bool((self.shift != 0).any())
 
     @property
-    def is_positive(self) -> bool:
-        """Whether every scale is above zero."""
-        return bool((self.scale > 0).all())
+    def keeps_order(self) -> bool:
+        """Whether no scale is below zero, so that a larger value never becomes the smaller one."""
+        return bool((self.scale >= 0).all())
 
     @property
     def is_identity(self) -> bool:
@@ -53,15 +53,12 @@ class AffineMap:
         """Return the map that applies ``inner`` first and this one second."""
         return AffineMap(self.scale * inner.scale, self.scale * inner.shift + self.shift)
 
-    def inverse(self) -> AffineMap:
-        """Return the map that undoes this one.
-
-        Raises:
-            Refused: A scale is zero.
-        """
-        if bool((self.scale == 0).any()):
-            raise Refused(Reason.SIGN, "a scale of the map is zero, so no pad value becomes what it should")
-        return AffineMap(1 / self.scale, -self.shift / self.scale)
+    def preimage(self, value: float) -> Tensor | None:
+        """Return what the map takes to ``value``, 0 where it takes everything there; None where it takes nothing."""
+        scale, shift = torch.broadcast_tensors(self.scale, self.shift)
+        if bool(((scale == 0) & (shift != value)).any()):
+            return None
+        return torch.where(scale == 0, 0.0, (value - shift) / scale)
 
     def only_scale(self) -> AffineMap:
         """Return the map without its shift."""
@@ -80,16 +77,24 @@ class AffineMap:
         same_shape = self.scale.shape == other.scale.shape and self.shift.shape == other.shift.shape
         return same_shape and torch.equal(self.scale, other.scale) and torch.equal(self.shift, other.shift)
 
-    def vectors(self, axis: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return scale and shift as vectors of length ``size`` along ``axis``.
+    def varies(self, axis: int) -> bool:
+        """Whether the map depends on the place along an axis."""
+        return self.scale.shape[axis] != 1 or self.shift.shape[axis] != 1
+
+    def vectors(self, axis: int, size: int, layer: str) -> tuple[Tensor, Tensor]:
+        """Return scale and shift as vectors of length ``size`` along ``axis``, for a layer of this name.
 
         Raises:
-            Refused: The map depends on another axis as well.
+            Refused: The map depends on another axis as well, or is one of another number of channels.
         """
         axis %= self.rank
         for other in range(self.rank):
-            if other != axis and (self.scale.shape[other] != 1 or self.shift.shape[other] != 1):
-                raise Refused(Reason.AXIS, f"the map varies along axis {other}, the layer works along axis {axis}")
+            if other != axis and self.varies(other):
+                text = f"the map varies along axis {other}, the channels of {layer} lie along axis {axis}"
+                raise Refused(Reason.AXIS, text)
+        lengths = {self.scale.shape[axis], self.shift.shape[axis]} - {1, size}
+        if lengths:
+            raise Refused(Reason.AXIS, f"the map is one of {max(lengths)} channels, {layer} has {size}")
         return tuple(t.reshape(-1).expand(size) for t in (self.scale, self.shift))  # type: ignore[return-value]
 
     def require_constant(self, axes: tuple[int, ...], operation: str) -> None:
@@ -99,7 +104,7 @@ class AffineMap:
             Refused: It does, so an operation that mixes values along them cannot let it pass.
         """
         for axis in axes:
-            if self.scale.shape[axis] != 1 or self.shift.shape[axis] != 1:
+            if self.varies(axis):
                 raise Refused(Reason.AXIS, f"{operation} mixes values along axis {axis}, where the map varies")
 
 

@@ -72,9 +72,9 @@ class Form:
         """Return the form followed by an affine map over axis 1.
 
         Raises:
-            Refused: The map varies along another axis.
+            Refused: The map varies along another axis, or is one of another number of channels.
         """
-        return self.then(*m.vectors(1, self.bias.numel()))
+        return self.then(*m.vectors(1, self.bias.numel(), "the sum of branches"))
 
 
 def add(left: Form, right: Form) -> Form:

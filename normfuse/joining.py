@@ -1,11 +1,13 @@
 """How a per-channel map passes an operation that joins values: sums, products, concatenations.
 
 x + y    scale both, shift one        x * s    scale passes; a shift passes a constant s
+x + k    s x + c + k = s (x + k) + (c + (1 - s) k)
 cat      each part carries its slice; forwards, the identity joins in elsewhere
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -68,9 +70,15 @@ def _add_forward(node: fx.Node, op: Operation, origin: fx.Node, given: AffineMap
     if not isinstance(others[0], fx.Node) and not negative:
         sign = -1.0 if op.name == "sub" else 1.0
         return AffineMap(given.scale, given.shift + (1 - given.scale) * sign * others[0])
-    if not bool((given.scale == 1).all()):
-        raise Refused(Reason.OPAQUE_OPERATION, f"a scale cannot pass {op.label}, whose other operand has none")
-    return _to_output(AffineMap(given.scale, -given.shift if negative else given.shift), node, origin, op, graph)
+    m = _of_rank(AffineMap(given.scale, -given.shift if negative else given.shift), node, op, graph)
+    if bool((given.scale == 1).all()):
+        return m
+    if not isinstance(others[0], fx.Node) or not graph.is_constant(others[0]):
+        text = f"a scale cannot pass {op.label}, which adds a value that would have to be scaled too"
+        raise Refused(Reason.OPAQUE_OPERATION, text)
+    term = exact(graph.value(others[0])) * (-1.0 if op.name == "sub" and not negative else 1.0)
+    require(term.dim() <= m.rank, op)
+    return AffineMap(m.scale, m.shift + (1 - m.scale) * term)
 
 
 def _multiply_back(node: fx.Node, op: Operation, wanted: AffineMap, graph: ModelGraph) -> list[Way]:
@@ -98,7 +106,8 @@ def _multiply_forward(node: fx.Node, op: Operation, origin: fx.Node, given: Affi
     factor = _factor(others[0], op, graph)
     if factor is None and given.has_shift:
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}, which multiplies two activations")
-    m = _to_output(given, node, origin, op, graph)
+    m = _of_rank(given, node, op, graph)
+    require(factor is None or factor.dim() <= m.rank, op)
     return m if factor is None else AffineMap(m.scale, m.shift * factor)
 
 
@@ -116,16 +125,20 @@ def _factor(other: Any, op: Operation, graph: ModelGraph) -> Tensor | None:
     if isinstance(other, fx.Node) and not graph.is_constant(other):
         require(op.name == "mul", op)
         return None
+    require(isinstance(other, fx.Node | numbers.Real), op)
     value = exact(graph.value(other)) if isinstance(other, fx.Node) else torch.tensor(float(other), dtype=torch.float64)
-    return 1 / value if op.name == "div" else value
+    factor = 1 / value if op.name == "div" else value
+    if not bool(factor.isfinite().all()):
+        raise Refused(Reason.NONFINITE, f"the factor of {op.label} is not finite")
+    return factor
 
 
 def _cat_back(node: fx.Node, op: Operation, wanted: AffineMap, graph: ModelGraph) -> list[Way]:
-    axis = axes_of(op.args.get("dim", 0), wanted.rank)[0]
+    axis = joined_axis(op, wanted.rank)
     require(len(set(op.inputs)) == len(op.inputs), op)
     start, way = 0, []
     for value in op.inputs:
-        size = _size(value, axis, op, graph)
+        size = _size(value, axis, wanted.rank, op, graph)
         part = wanted.transform(lambda t, s=start, n=size: t if t.shape[axis] == 1 else t.narrow(axis, s, n))
         way.append((value, part))
         start += size
@@ -133,10 +146,10 @@ def _cat_back(node: fx.Node, op: Operation, wanted: AffineMap, graph: ModelGraph
 
 
 def _cat_forward(node: fx.Node, op: Operation, origin: fx.Node, given: AffineMap, graph: ModelGraph) -> AffineMap:
-    axis = axes_of(op.args.get("dim", 0), given.rank)[0]
+    axis = joined_axis(op, given.rank)
     scales, shifts = [], []
     for value in op.inputs:
-        size = _size(value, axis, op, graph)
+        size = _size(value, axis, given.rank, op, graph)
         for pieces, whole, neutral in ((scales, given.scale, torch.ones), (shifts, given.shift, torch.zeros)):
             shape = list(whole.shape)
             shape[axis] = size
@@ -166,9 +179,19 @@ def _operands(op: Operation) -> list[Any]:
     return values
 
 
-def _size(value: fx.Node, axis: int, op: Operation, graph: ModelGraph) -> int:
+_JOINED = {"hstack": 1, "column_stack": 1, "vstack": 0, "row_stack": 0, "dstack": 2}
+
+
+def joined_axis(op: Operation, rank: int) -> int:
+    """Return the axis along which a concatenation joins values of this rank."""
+    axis = _JOINED.get(op.args.get("function", ""))
+    return axes_of(op.args.get("dim", 0), rank)[0] if axis is None else min(axis, rank - 1)
+
+
+def _size(value: fx.Node, axis: int, rank: int, op: Operation, graph: ModelGraph) -> int:
     shape = graph.shape(value)
     if shape is not None:
+        require(len(shape) == rank, op)  # an old spelling joins an empty vector to a value of any rank
         return shape[axis]
     module = graph.module_of(value)
     size = getattr(module, "out_channels", getattr(module, "num_features", None)) if axis == 1 else None
@@ -186,18 +209,14 @@ def _fit(m: AffineMap, value: fx.Node, op: Operation, graph: ModelGraph) -> Affi
         require(known_rank(value, op, graph) == m.rank, op)
         return m
     lost = m.rank - len(shape)
-    m.require_constant(tuple(range(lost)), op.label)
-    fitted = m.transform(lambda t: t.reshape(t.shape[lost:]))
-    fitted.require_constant(
-        tuple(axis for axis, size in enumerate(shape) if size == 1 and _varies(fitted, axis)), op.label
-    )
-    return fitted
+    for axis in range(m.rank):
+        if m.varies(axis) and (axis < lost or shape[axis - lost] == 1):
+            text = f"{op.label} repeats {value.name} along axis {axis}, where the map varies"
+            raise Refused(Reason.AXIS, text)
+    return m.transform(lambda t: t.reshape(t.shape[lost:]))
 
 
-def _varies(m: AffineMap, axis: int) -> bool:
-    return m.scale.shape[axis] != 1 or m.shift.shape[axis] != 1
-
-
-def _to_output(m: AffineMap, node: fx.Node, origin: fx.Node, op: Operation, graph: ModelGraph) -> AffineMap:
+def _of_rank(m: AffineMap, node: fx.Node, op: Operation, graph: ModelGraph) -> AffineMap:
+    """Return a map on an operand as one on the result, whose rank may be higher."""
     missing = known_rank(node, op, graph) - m.rank if graph.shape(node) is not None else 0
     return m.transform(lambda t: t.reshape((1,) * missing + tuple(t.shape)))

@@ -67,6 +67,18 @@ def scale_inputs(weight: Tensor, scale: Tensor, *, groups: int = 1, transposed: 
     return (by_group * factor).reshape(weight.shape)
 
 
+def rectified(values: Tensor, slope: Tensor | float) -> Tensor:
+    """Return what a rectifier with this slope below zero (0 for a ReLU) makes of values."""
+    return torch.where(values < 0, slope * values, values)
+
+
+def unrectified(values: Tensor, slope: Tensor | float) -> Tensor:
+    """Return what the rectifier takes to these values, NaN where it takes nothing there."""
+    slope = torch.as_tensor(slope, dtype=values.dtype)
+    below = torch.where(slope > 0, values / slope, torch.nan)
+    return torch.where(values < 0, below, values)
+
+
 def output_of_shift(weight: Tensor, shift: Tensor, *, groups: int = 1) -> Tensor:
     """Return ``(out,)``: what a constant input ``shift`` (``(in,)``) adds to every output where no padding is seen."""
     taps = exact(weight).flatten(2).sum(-1) if weight.dim() > 2 else exact(weight)  # (out, in/g)

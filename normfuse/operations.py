@@ -51,7 +51,8 @@ _LAYERS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 _SYNONYMS = {
     "iadd": "add", "isub": "sub", "subtract": "sub", "imul": "mul", "multiply": "mul", "rmul": "mul", "radd": "add",
     "truediv": "div", "itruediv": "div", "true_divide": "div", "divide": "div", "negative": "neg",
-    "concat": "cat", "concatenate": "cat", "leaky_relu": "relu", "prelu": "relu", "rrelu": "relu",
+    "concat": "cat", "concatenate": "cat", "hstack": "cat", "vstack": "cat", "dstack": "cat", "row_stack": "cat",
+    "column_stack": "cat", "leaky_relu": "relu", "prelu": "relu", "rrelu": "relu",
 }  # fmt: skip
 _GROUPS = {
     "identity": "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout contiguous "

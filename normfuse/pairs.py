@@ -176,9 +176,9 @@ def _channels(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelG
 
 def _vectors(absorber: Absorber, m: AffineMap, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(module, nn.Linear):
-        return m.vectors(-1, module.out_features)
+        return m.vectors(-1, module.out_features, absorber.name)
     assert isinstance(module, nn.modules.conv._ConvNd)
-    return m.vectors(-1 - len(module.kernel_size), module.out_channels)
+    return m.vectors(-1 - len(module.kernel_size), module.out_channels, absorber.name)
 
 
 def _tail(norm: Norm, graph: ModelGraph) -> tuple[str, ...]:

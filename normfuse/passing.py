@@ -1,7 +1,10 @@
 """How a per-channel map passes an operation on one value; the same change in both directions, but for re-indexing.
 
-mean-like    scale and shift pass             max-like     pass where scale > 0
-relu-like    scale > 0 passes, no shift       gather       passes, re-indexed
+mean-like    scale and shift pass             max-like     pass where scale >= 0
+relu-like    scale >= 0 passes, no shift      gather       passes, re-indexed
+
+A channel of scale 0 is its shift alone, ``0 x + c = c``, and a rectifier r passes it as another shift: forwards r(c),
+backwards what r takes to c.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfuse import gather
+from normfuse import gather, numerics
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
@@ -71,17 +74,38 @@ def _max_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, for
     m.require_constant(_window(op, m), op.label)
     if op.args.get("return_indices"):
         raise Refused(Reason.OPAQUE_OPERATION, f"{op.label} returns indices")
-    if not m.is_positive:
-        raise Refused(Reason.SIGN, f"a scale of the map is not positive, which {op.label} would turn around")
+    _require_order(m, op)
     return m
 
 
 def _relu(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    if m.has_shift:
+    if bool(((m.scale != 0) & (m.shift != 0)).any()):
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}")
-    if not m.is_positive:
-        raise Refused(Reason.SIGN, f"a scale of the map is not positive, which {op.label} would turn around")
-    return m
+    _require_order(m, op)
+    if not m.has_shift:
+        return m
+    shift = (numerics.rectified if forwards else numerics.unrectified)(m.shift, _slope(node, op, m, graph))
+    if bool(shift.isnan().any()):
+        text = f"a channel of scale zero is a negative constant behind {op.label}, which makes no such value"
+        raise Refused(Reason.OPAQUE_OPERATION, text)
+    return AffineMap(m.scale, shift)
+
+
+def _slope(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph) -> Tensor | float:
+    """Return the slope of a rectifier below zero, one number or one for each channel along axis 1."""
+    layer = op.args["layer"].__name__ if "layer" in op.args else op.args["function"]
+    if layer in ("ReLU", "relu"):
+        return 0.0
+    if layer in ("LeakyReLU", "leaky_relu"):
+        return float(op.args.get("negative_slope", 0.01))
+    weight = graph.tensor(f"{node.target}.weight") if layer == "PReLU" else op.args.get("weight")
+    if isinstance(weight, fx.Node) and graph.is_constant(weight):
+        weight = graph.value(weight)
+    if not isinstance(weight, Tensor):  # computed from the input, or drawn at random
+        text = f"a channel of scale zero cannot pass {op.label}, whose slope is not constant"
+        raise Refused(Reason.OPAQUE_OPERATION, text)
+    slope = numerics.exact(weight).reshape(-1)
+    return slope if slope.numel() == 1 else AffineMap.along(1, m.rank, slope, slope).scale
 
 
 def _interpolate(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
@@ -100,8 +124,8 @@ def _reduce(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
     m.require_constant(axes, op.label)
     if op.name == "sum" and m.has_shift:
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}")
-    if op.name == "amax" and not m.is_positive:
-        raise Refused(Reason.SIGN, f"a scale of the map is not positive, which {op.label} would turn around")
+    if op.name == "amax":
+        _require_order(m, op)
     return m.transform(lambda t: t.squeeze(axes)) if forwards and not keep else m
 
 
@@ -152,8 +176,8 @@ def require(condition: bool, op: Operation) -> None:
 
 
 def axes_of(dim: Any, rank: int) -> tuple[int, ...]:
-    """Return an argument ``dim`` as axes from 0 up: all of them for None."""
-    dims = range(rank) if dim is None else _flat(dim)
+    """Return an argument ``dim`` as axes from 0 up: all of them for None, and for a list of none."""
+    dims = range(rank) if dim is None else _flat(dim) or range(rank)
     return tuple(sorted(d % rank for d in dims))
 
 
@@ -168,6 +192,16 @@ def known_rank(value: fx.Node, op: Operation, graph: ModelGraph) -> int:
     if rank is None:
         raise Refused(Reason.RANK_UNKNOWN, f"the shapes around {op.label} are not known", "pass example_inputs")
     return rank
+
+
+def _require_order(m: AffineMap, op: Operation) -> None:
+    """Refuse a map with a negative scale, which takes the largest value to the smallest.
+
+    Raises:
+        Refused: It has one.
+    """
+    if not m.keeps_order:
+        raise Refused(Reason.SIGN, f"a scale of the map is negative, which {op.label} would turn around")
 
 
 def _window(op: Operation, m: AffineMap) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "Nothing, unless the operation can go.",
     ),
     Reason.SIGN: (
-        "A scale that is zero or negative cannot pass a ReLU or a max-pool, which it would turn around.",
+        "A scale that is negative cannot pass a ReLU or a maximum, which it would turn around.",
         "Nothing: the gain was learned that way.",
     ),
     Reason.NO_BIAS: (

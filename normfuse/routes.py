@@ -27,11 +27,11 @@ Side = Literal["output", "input"]
 
 @dataclass(slots=True)
 class Plan:
-    """Which absorbers take which maps, call by call; the nodes passed; what becomes of the constants of pads."""
+    """Which absorbers take which maps, call by call; the nodes passed; the new constants ``(C,)`` of pads."""
 
     maps: dict[tuple[Absorber, Side], dict[fx.Node, AffineMap]] = field(default_factory=dict)
     passed: list[fx.Node] = field(default_factory=list)
-    pads: dict[fx.Node, AffineMap] = field(default_factory=dict)
+    pads: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def copy(self) -> Plan:
         """Return a plan that can grow on its own."""
@@ -81,8 +81,10 @@ class Router:
     def _through(self, value: fx.Node, wanted: AffineMap, plan: Plan) -> Plan:
         operation = describe(value, self.graph)
         refused: Refused | None = None
-        if self._pads_by_channel(value, wanted, plan):
-            return self.backward(operation.inputs[0], wanted, value, _with_pad(plan, value, wanted))
+        if self._pads_by_channel(value, wanted):
+            layer: Any = self.graph.module_of(value)
+            padded = _with_pad(plan, value, wanted.scale * layer.value + wanted.shift)
+            return self.backward(operation.inputs[0], wanted, value, padded)
         ways = rules.backward(value, operation, wanted, self.graph)
         for way in ways:
             try:
@@ -105,7 +107,7 @@ class Router:
                 require_plain(absorber, self.graph)
                 absorption.absorb_output(absorber, calls[node], self.graph)
 
-    def _pads_by_channel(self, node: fx.Node, m: AffineMap, plan: Plan) -> bool:
+    def _pads_by_channel(self, node: fx.Node, m: AffineMap) -> bool:
         """Whether a constant pad layer can pad with what the map makes of its constant, channel by channel."""
         layer = self.graph.module_of(node)
         if not isinstance(layer, _ConstantPadNd) or len(self.graph.call_sites(str(node.target))) > 1:
@@ -114,6 +116,15 @@ class Router:
             return False
         m.require_constant(tuple(axis for axis in range(m.rank) if axis != 1), f"{node.target}")
         return m.has_shift or layer.value != 0
+
+    def _value_before(self, node: fx.Node, given: AffineMap) -> Tensor:
+        """Return with which constants a pad's output becomes, by the map behind it, what it was."""
+        layer: Any = self.graph.module_of(node)
+        value = given.preimage(float(layer.value))
+        if value is None:
+            text = f"{node.target} pads with {layer.value:g}, which a map with a scale of zero makes another constant"
+            raise Refused(Reason.NONZERO_PADDING, text)
+        return value
 
     def _require_sole(self, value: fx.Node, reader: fx.Node) -> None:
         readers = self.graph.consumers(value)
@@ -165,8 +176,8 @@ class Router:
             return grown
         if occurrences(reader, value) != 1:
             raise Refused(Reason.OPAQUE_OPERATION, f"{_name(reader)} reads {_name(value)} more than once")
-        if self._pads_by_channel(reader, given, plan):
-            return self._onwards(reader, given, _with_pad(plan, reader, given.inverse()))
+        if self._pads_by_channel(reader, given):
+            return self._onwards(reader, given, _with_pad(plan, reader, self._value_before(reader, given)))
         operation = describe(reader, self.graph)
         grown = plan.copy()
         grown.passed.append(reader)
@@ -179,10 +190,10 @@ class Router:
         return self._onwards(reader, rules.forward(reader, operation, value, given, self.graph), grown)
 
 
-def _with_pad(plan: Plan, node: fx.Node, m: AffineMap) -> Plan:
+def _with_pad(plan: Plan, node: fx.Node, value: Tensor) -> Plan:
     grown = plan.copy()
     grown.passed.append(node)
-    grown.pads[node] = m
+    grown.pads[node] = value.reshape(-1)
     return grown
 
 
@@ -190,10 +201,9 @@ def pad_edits(plan: Plan, graph: ModelGraph) -> tuple[list[Edit], dict[str, Tens
     """Return the edits that make the plan's pads pad by channel, and their values, to be assigned afterwards."""
     edits: list[Edit] = []
     values: dict[str, Tensor] = {}
-    for node, m in plan.pads.items():
+    for node, value in plan.pads.items():
         name = str(node.target)
         layer: Any = graph.module(name)
-        value = (m.scale * layer.value + m.shift).reshape(-1)
         kwargs = {"padding": list(layer.padding), "channels": value.numel()}
         spec = {"class": "normfuse.layers.deployed.ChannelPad", "kwargs": kwargs}
         edits.append({"op": "replace", "path": name, "module": spec})

@@ -19,6 +19,7 @@ from normfuse import gather
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
+from normfuse.joining import joined_axis
 from normfuse.numerics import exact
 from normfuse.operations import Operation, describe
 from normfuse.passing import PASSING, axes_of
@@ -122,8 +123,11 @@ def _own_axis(value: Any, node: fx.Node, axis: int, graph: ModelGraph) -> Place 
 
 
 def _concatenation(node: fx.Node, op: Operation, axis: int, graph: ModelGraph) -> list[Place]:
-    if axes_of(op.args.get("dim", 0), len(graph.shape(node) or ())) == (axis,):
+    rank = len(graph.shape(node) or ())
+    if joined_axis(op, rank) == axis:
         raise Refused(Reason.AXIS, f"{op.label} puts channels side by side, which one norm takes one mean out of")
+    if any(len(graph.shape(value) or ()) != rank for value in op.inputs):
+        raise Refused(Reason.AXIS, f"{op.label} adds an axis to what it joins")
     return [(value, axis) for value in op.inputs]
 
 

@@ -175,7 +175,7 @@ class _Finder:
 
     def _trivial(self, node: fx.Node) -> Forms:
         shape = self.graph.shape(node)
-        channels = shape[1] if shape is not None and len(shape) > 2 else self._channels(node)
+        channels = self._channels(node) if shape is None else shape[1] if len(shape) > 1 else None
         if channels is None or node.op in ("get_attr", "output"):
             return {}
         return {node: Form.channelwise(torch.ones(channels), torch.zeros(channels))}
@@ -199,7 +199,7 @@ class _Finder:
         if operation.name in ("add", "sub"):
             return self._of_sum(operation.args, operation.name)
         if operation.name == "mul":
-            return self._of_factor(operation.args)
+            return self._of_factor(node, operation.args)
         return self._of_convolution(node)
 
     def _of_norm(self, node: fx.Node, norm: Norm) -> Forms:
@@ -231,7 +231,7 @@ class _Finder:
         forms = self.memo[value]
         return {base: f.then(torch.ones_like(f.bias), torch.full_like(f.bias, number)) for base, f in forms.items()}
 
-    def _of_factor(self, args: dict[str, Any]) -> Forms:
+    def _of_factor(self, node: fx.Node, args: dict[str, Any]) -> Forms:
         pair: list[Any] = [args.get("input"), args.get("other")]
         values = [v for v in pair if isinstance(v, fx.Node) and not self.graph.is_constant(v)]
         if len(values) != 1 or None in pair:
@@ -239,7 +239,7 @@ class _Finder:
         other = next(v for v in pair if v is not values[0])
         shape = self.graph.shape(values[0])
         factor = self.graph.value(other) if isinstance(other, fx.Node) else torch.tensor(float(other))
-        if shape is None or factor.dim() > len(shape):
+        if shape is None or shape != self.graph.shape(node):  # a factor that broadcasts its value makes more channels
             return {}
         factor = exact(factor).reshape((1,) * (len(shape) - factor.dim()) + tuple(factor.shape))
         m = AffineMap(factor, torch.zeros_like(factor))
@@ -252,7 +252,9 @@ class _Finder:
         module: Any = self.graph.module_of(node)
         if absorber is None or absorber.kind != "conv" or absorber.transposed or module.padding_mode != "zeros":
             return {}
-        padding = _numbers(module)
+        padding, shape = _numbers(module), self.graph.shape(node)
+        if shape is not None and len(shape) != module.weight.dim():  # without a batch, channels are not on axis 1
+            return {}
         if padding is None or nn.utils.parametrize.is_parametrized(module):
             return {}
         bias = None if module.bias is None else module.bias.detach()

@@ -24,8 +24,8 @@ class Map:
         return bool((self.shift.nan_to_num(0) != 0).any())
 
     @property
-    def positive(self) -> bool:
-        return bool((self.scale.nan_to_num(1) > 0).all())
+    def ordered(self) -> bool:
+        return bool((self.scale.nan_to_num(1) >= 0).all())
 
     @property
     def trivial(self) -> bool:
@@ -63,8 +63,23 @@ def never(m: Map) -> None:
     return None
 
 
-def positive_scale(m: Map) -> Map | None:
-    return m if m.positive and not m.shifts else None
+def ordered(m: Map) -> Map | None:
+    return m if m.ordered else None
+
+
+def rectifier(slope: Tensor) -> tuple[Rule, Rule]:
+    """``y = x`` above zero and ``slope x`` below: a constant channel stays constant, any other takes no shift."""
+
+    def through(m: Map, constants: Callable[[Tensor], Tensor]) -> Map | None:
+        if not m.ordered or bool(((m.scale.nan_to_num(1) != 0) & (m.shift.nan_to_num(0) != 0)).any()):
+            return None
+        shift = constants(m.shift.nan_to_num(0))
+        return None if bool(shift.isnan().any()) else Map(m.scale, torch.where(m.shift.isnan(), torch.nan, shift))
+
+    def back(t: Tensor) -> Tensor:
+        return torch.where(t >= 0, t, torch.where(slope > 0, t / slope, torch.nan))
+
+    return lambda m: through(m, back), lambda m: through(m, lambda t: t.clamp(min=0) + slope * t.clamp(max=0))
 
 
 def scale_only(m: Map) -> Map | None:

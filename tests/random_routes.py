@@ -17,7 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.element_maps import Map, Rule, Shape, moved, never, plus, positive_scale, same, scale_only, times, windowed
+from tests.element_maps import (
+    Map,
+    Rule,
+    Shape,
+    moved,
+    never,
+    ordered,
+    plus,
+    rectifier,
+    same,
+    scale_only,
+    times,
+    windowed,
+)
 
 
 @dataclass
@@ -113,8 +126,9 @@ def pointwise(draw: Any, net: Net, shape: Shape) -> Step:
     layers: dict[str, nn.Module] = {"identity": nn.Identity(), "dropout": nn.Dropout(), "relu": nn.ReLU(),
                                     "leaky": nn.LeakyReLU(0.3), "prelu": nn.PReLU(channels)}  # fmt: skip
     if kind in layers:
-        rule = positive_scale if kind in ("relu", "leaky", "prelu") else same
-        return Step(kind, net.keep(layers[kind]), shape, rule, rule)
+        slope = torch.tensor({"leaky": 0.3, "prelu": 0.25}.get(kind, 0.0)).double()
+        back, ahead = rectifier(slope) if kind in ("relu", "leaky", "prelu") else (same, same)
+        return Step(kind, net.keep(layers[kind]), shape, back, ahead)
     number = draw(st.sampled_from([0.5, -2.0, 3.0]))
     vector = nn.Parameter(torch.randn(channels, *[1] * (len(shape) - 2)).double())
     table: dict[str, tuple[Callable[[Tensor], Tensor], tuple[Rule, Rule]]] = {
@@ -179,7 +193,7 @@ def window(draw: Any, net: Net, shape: Shape) -> Step | None:
     pools = {"avg": ("AvgPool", same, {}), "avg padded": ("AvgPool", scale_only, {"padding": 1}),
              "avg uncounted": ("AvgPool", same, {"padding": 1, "count_include_pad": False}),
              "avg ceil": ("AvgPool", same, {"ceil_mode": True}),
-             "max": ("MaxPool", lambda m: m if m.positive else None, {"padding": 1})}  # fmt: skip
+             "max": ("MaxPool", ordered, {"padding": 1})}  # fmt: skip
     others = ["adaptive", "mean", "sum", "amax", "nearest", "linear", "bicubic", "reflect", "pad"]
     kind = draw(st.sampled_from([*pools, *others, "pad layer"]))
     rule: Rule = same
@@ -214,8 +228,7 @@ def _pad_layer(net: Net, layer: Any, shape: Shape) -> Step:
     back, ahead = windowed(same, axes, shape, after)
 
     def rule(m: Map) -> Map | None:
-        keeps = bool((m.scale * layer.value + m.shift == layer.value).all())
-        return m if keeps or bool((m.scale != 0).all()) else None
+        return None if bool(((m.scale == 0) & (m.shift != layer.value)).any()) else m
 
     return Step("pad layer", call, after, back, lambda m: rule(m) and ahead(m))
 
