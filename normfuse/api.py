@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from normfuse import surgery
 from normfuse.base import Pass
 from normfuse.capture import unwrap
 from normfuse.errors import VerificationError
@@ -105,8 +104,7 @@ def inspect(
     Raises:
         CaptureError: As for :func:`fold`.
     """
-    scratch = surgery.copy(unwrap(model))
-    return _run(scratch, passes, example_inputs, True, include, exclude, duplicate_shared).report
+    return _run(model, passes, example_inputs, False, include, exclude, duplicate_shared).report
 
 
 def apply(

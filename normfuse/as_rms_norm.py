@@ -44,7 +44,7 @@ def replacement(norm: Norm, streams: Sequence[Stream], graph: ModelGraph) -> Lay
         text = f"{norm.name} calls a function, there is no layer to replace"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text, "use torch.nn.LayerNorm")
     module: Any = graph.module(norm.module)
-    legality.require_no_hooks(norm.module, graph)
+    legality.require_replaceable(norm.module, graph)
     if isinstance(graph.module(norm.module.rpartition(".")[0]), _READ_THEIR_NORMS):
         text = f"the layer that holds {norm.module} reads its parameters, for one kernel of its own"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)

@@ -37,6 +37,7 @@ class Reason(enum.Enum):
     FORWARD_OVERRIDDEN = "forward overridden"
     PARAMETRIZED = "parametrized weight"
     HAS_HOOKS = "hook"
+    HELD_ELSEWHERE = "held elsewhere"
     QUANTIZED = "quantized"
     DTYPE = "dtype"
     RANGE = "out of range"

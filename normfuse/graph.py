@@ -9,6 +9,7 @@ replaced by ``nn.Identity``.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfuse import surgery
+from normfuse.holders import Holders
 from normfuse.surgery import Edit, module_names
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -45,6 +47,7 @@ class ModelGraph:
         training: Names of modules that were in training mode inside a model in eval mode.
         edits: What was done to the structure of the model through this graph.
         inputs: What the recorded run was given; None where the model was traced.
+        strangers: Modules that the recorded run called and that are none of the model's.
     """
 
     root: nn.Module
@@ -54,6 +57,7 @@ class ModelGraph:
     training: frozenset[str] = frozenset()
     edits: list[Edit] = field(default_factory=list)
     inputs: Inputs | None = None
+    strangers: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.graph.nodes)
@@ -64,6 +68,11 @@ class ModelGraph:
         self.hooked_calls = [call for call in self.calls if has_hooks(self.module(call.name))]
         self._uses = self._collect_uses()
         self._sites = self._collect_sites()
+
+    @functools.cached_property
+    def holders(self) -> Holders:
+        """Who holds the modules and tensors of the model outside of its module tree."""
+        return Holders(self.root)
 
     # modules and their calls
 
@@ -82,14 +91,14 @@ class ModelGraph:
 
     def perform(self, edit: Edit) -> None:
         """Carry out a structural edit on the model and log it."""
-        surgery.perform(self.root, edit)
+        surgery.perform(self.root, edit, self.holders)
         self.edits.append(edit)
         if "path" in edit:
             self._modules[edit["path"]] = self.root.get_submodule(edit["path"])
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
         """Give parameters and buffers of the model new values, by captured name."""
-        surgery.assign(self.module, tensors)
+        surgery.assign(self.module, tensors, self.holders)
 
     def remove(self, node: fx.Node) -> None:
         """Note that a call changes its input no longer: its norm was folded."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.graph import ModelGraph, is_uninitialized
-from normfuse.legality import require_no_hooks
+from normfuse.legality import require_replaceable
 from normfuse.quantization.quantizing_layer import QuantizingLayer
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -111,7 +111,7 @@ def require_quantizable(name: str, graph: ModelGraph) -> Layer:
     if not _computes_what_it_says(module, base):
         text = f"{name} is a {type(module).__name__}, which computes something else than {base.__name__}"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)
-    require_no_hooks(name, graph)
+    require_replaceable(name, graph)
     if nn.utils.parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         hint = "the pass materialize makes it plain"
         raise Refused(Reason.PARAMETRIZED, f"{name}.weight is computed from other tensors", hint)

@@ -15,6 +15,7 @@ from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
+from normfuse.holders import Holder
 
 if TYPE_CHECKING:
     from normfuse.routes import Plan
@@ -31,6 +32,8 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
         hint = "pass example_inputs"
         raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced, callers may be unseen", hint)
     require_unwatched(plan, graph)
+    for node in plan.pads:
+        require_replaceable(str(node.target), graph)
     tensors: dict[str, Tensor] = {}
     for (absorber, side), calls in plan.maps.items():
         _require_own(absorber, calls, graph)
@@ -63,6 +66,7 @@ def require_unwatched(plan: Plan, graph: ModelGraph) -> None:
 
 
 _DUPLICATE = "pass duplicate_shared=True"
+_HOLD = "hold it in a list, a dictionary or an attribute"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -70,6 +74,7 @@ def _require_own(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: Mod
     """Refuse an absorber that anything outside the plan reads or changes."""
     require_plain(absorber, graph)
     for name in filter(None, (absorber.weight, absorber.bias)):
+        require_not_frozen(name, graph)
         if len(graph.owners(name)) > 1:
             others = ", ".join(other for other in graph.owners(name) if other != name)
             raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}", _DUPLICATE)
@@ -129,6 +134,33 @@ def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
         return
     if has_hooks(graph.module(name)) and not is_uninitialized(graph.module(name)):  # a lazy layer has hooks of its own
         raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
+
+
+def require_replaceable(name: str | None, graph: ModelGraph) -> None:
+    """Refuse to replace a module, if one is named, that has hooks or is held where no other can be put.
+
+    Raises:
+        Refused: It has one, or is.
+    """
+    require_no_hooks(name, graph)
+    if name is not None and (holder := graph.holders.frozen(graph.module(name))) is not None:
+        raise _held_elsewhere(name, holder)
+
+
+def require_not_frozen(name: str, graph: ModelGraph) -> None:
+    """Refuse to give a parameter or buffer another value where the old tensor is held and would stay.
+
+    Raises:
+        Refused: It is.
+    """
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(graph.module(owner), attribute, None)
+    if isinstance(tensor, Tensor) and (holder := graph.holders.frozen(tensor)) is not None:
+        raise _held_elsewhere(name, holder)
+
+
+def _held_elsewhere(name: str, holder: Holder) -> Refused:
+    return Refused(Reason.HELD_ELSEWHERE, f"{name} is also held by {holder.name}, which keeps it", _HOLD)
 
 
 def require_in_range(name: str, value: Tensor, graph: ModelGraph) -> None:

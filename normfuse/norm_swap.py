@@ -20,7 +20,7 @@ from normfuse import norms, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.calibration import Batch, Batches, Calibration, Enough, Listener, Moments, PaddingMask, listen
 from normfuse.graph import ModelGraph
-from normfuse.legality import require_no_hooks
+from normfuse.legality import require_replaceable
 from normfuse.norm_forms import Form, as_tokens, may_be_token_norm, recognise
 from normfuse.norms import Norm
 
@@ -116,7 +116,7 @@ class NormSwap(Pass):
         norm: Norm = match.payload
         try:
             module = layer_of(norm)
-            require_no_hooks(module, graph)
+            require_replaceable(module, graph)
             form, moments = self._observed(module, graph)
             spec, tensors = self.replacement(form, moments)
         except Refused as refused:

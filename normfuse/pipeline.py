@@ -92,7 +92,7 @@ def run(
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             graph = replace(capture(work, example_inputs), edits=graph.edits)
-    notes += (*families.notes(inventory, first), *_unseen(graph, passes))
+    notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, user_model))
     report = _report(inventory, passes, state, notes, first)
     if all(one.reversible for one in passes):
         return Result(work, report)  # type: ignore[arg-type]
@@ -120,6 +120,15 @@ def _unseen(graph: ModelGraph, passes: Sequence[Pass]) -> tuple[str, ...]:
     return (
         "only parts of the model could be traced: code outside them that calls a paired layer by itself would get the "
         "normalized value; pass example_inputs to be sure",
+    )
+
+
+def _not_copied(graph: ModelGraph, source: nn.Module) -> tuple[str, ...]:
+    """Return which modules of the source its copy calls: functions hold them, and are not copied."""
+    names = {} if graph.root is source else module_names(source)
+    called = [names[id(module)][0] for module in graph.strangers if id(module) in names]
+    return tuple(
+        f"{name} is held by a function, which a copy shares: the result calls that of the source" for name in called
     )
 
 

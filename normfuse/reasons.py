@@ -47,6 +47,12 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "A forward hook on a layer of the route, or on the norm, would see other values than before.",
         "Remove the hook first.",
     ),
+    Reason.HELD_ELSEWHERE: (
+        "The model also holds the layer, or a weight that would change, where nothing else can be put: in a closure, a "
+        "bound method, a `functools.partial`, a set or a weak reference, which would go on with the old one. Lists, "
+        "dictionaries, tuples and attributes are followed.",
+        "Hold it in a list, a dictionary or an attribute, or look it up in the model at each call.",
+    ),
     Reason.QUANTIZED: ("The weight is quantized.", "Fold before quantizing."),
     Reason.DTYPE: ("The weight is not a real floating-point tensor, or the route converts to integers.", "Nothing."),
     Reason.RANGE: (

@@ -6,6 +6,8 @@ fresh one of the same architecture without unpickling code. A replacement module
     {"class": "torch.nn.modules.conv.Conv2d", "kwargs": {...}}   a new module of one of the classes below
     {"ref": "layer1.0.act"}                                      a module the model has, under its present name
     {"sequential": [spec, ...]}                                  an nn.Sequential of those
+
+What is replaced is replaced wherever the model holds it, also outside of the module tree (:mod:`normfuse.holders`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse import computed
+from normfuse.holders import Holders
 
 Spec = Mapping[str, Any]
 Edit = dict[str, Any]
@@ -60,11 +63,13 @@ def copy(model: nn.Module) -> nn.Module:
 # tensors
 
 
-def assign(module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+def assign(
+    module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor], holders: Holders | None = None
+) -> None:
     """Give parameters and buffers new values by qualified name, cast once to the dtype they have.
 
     A parameter stays a parameter with its ``requires_grad``, device and memory format; one that is None is created.
-    The old tensor object is replaced, not written, so nothing that shares it changes.
+    The old tensor object is replaced, there and by its ``holders``, and not written, so nothing that shares it changes.
     """
     for name, value in tensors.items():
         owner_name, _, attribute = name.rpartition(".")
@@ -76,7 +81,10 @@ def assign(module_of: Callable[[str], nn.Module], tensors: Mapping[str, Tensor])
         if isinstance(old, Tensor) and attribute in owner._buffers:
             owner._buffers[attribute] = new
         else:
-            setattr(owner, attribute, nn.Parameter(new, requires_grad=like.requires_grad))
+            new = nn.Parameter(new, requires_grad=like.requires_grad)
+            setattr(owner, attribute, new)
+        if isinstance(old, Tensor) and holders is not None:
+            holders.replace(old, new)
 
 
 def _held(owner: nn.Module, attribute: str) -> object:
@@ -95,21 +103,35 @@ def module_names(root: nn.Module) -> dict[int, tuple[str, ...]]:
     return {key: tuple(value) for key, value in names.items()}
 
 
-def perform(root: nn.Module, edit: Edit) -> None:
+def perform(root: nn.Module, edit: Edit, holders: Holders | None = None) -> None:
     """Carry out one structural edit on a model.
+
+    Args:
+        root: The model.
+        edit: What to do.
+        holders: Who holds its modules outside of the module tree; looked for if None.
 
     Raises:
         ValueError: The edit is of a kind, or builds a class, that is not known.
     """
     if edit.get("op") not in _EDITS:
         raise ValueError(f"unknown edit {edit.get('op')!r}")
+    if "path" not in edit:
+        _EDITS[edit["op"]](root, edit)
+        return
+    holders = Holders(root) if holders is None else holders
+    old = root.get_submodule(edit["path"])
     _EDITS[edit["op"]](root, edit)
+    new = root.get_submodule(edit["path"])
+    if new is not old:
+        holders.replace(old, new)
 
 
 def replay(root: nn.Module, edits: Iterable[Edit]) -> None:
     """Carry out the structural edits of a folded model's manifest on a fresh model of the same architecture."""
+    holders = Holders(root)
     for edit in edits:
-        perform(root, edit)
+        perform(root, edit, holders)
 
 
 def chain(names: Iterable[str]) -> Spec:

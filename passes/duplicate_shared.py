@@ -13,7 +13,7 @@ from normfuse import norms
 from normfuse.absorbers import Absorber
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.graph import ModelGraph
-from normfuse.legality import finish
+from normfuse.legality import finish, require_replaceable
 from normfuse.passes.fold_bn import search
 from normfuse.routes import Plan
 
@@ -41,6 +41,11 @@ class DuplicateShared(Pass):
         if not tied and len(graph.call_sites(absorber.name)) < 2:
             text = f"{absorber.name} is shared inside a forward that calls its function directly"
             return Refusal(Reason.SHARED_MODULE, text)
+        try:
+            if not tied:
+                require_replaceable(absorber.name, graph)
+        except Refused as refused:
+            return refused.refusal
         return match
 
     def apply(self, match: Match, graph: ModelGraph) -> None:

@@ -30,7 +30,7 @@ from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.calibration import Batches, Calibration
 from normfuse.capture import eval_mode
 from normfuse.graph import ModelGraph
-from normfuse.legality import finish, require_no_hooks
+from normfuse.legality import finish, require_replaceable
 from normfuse.operations import describe
 from normfuse.outputs import arguments
 from normfuse.routes import Plan, Router
@@ -173,7 +173,7 @@ def _clamp(node: fx.Node, graph: ModelGraph) -> fx.Node | None:
     if user is None or type(graph.module_of(user)) is not nn.ReLU6:
         return None
     name = str(user.target)
-    require_no_hooks(name, graph)
+    require_replaceable(name, graph)
     if len(graph.call_sites(name)) > 1:
         text = f"{name} is called {len(graph.call_sites(name))} times, and would need bounds of its own each time"
         raise Refused(Reason.SHARED_MODULE, text, "pass duplicate_shared=True")

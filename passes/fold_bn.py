@@ -25,7 +25,7 @@ from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import affine_inference
 from normfuse.graph import ModelGraph
 from normfuse.layers.power_norm import GroupScaling, PowerNorm
-from normfuse.legality import finish, require_no_hooks, require_saved
+from normfuse.legality import finish, require_replaceable, require_saved
 from normfuse.norms import Norm
 from normfuse.routes import Plan, Router, joined, pad_edits
 from normfuse.scopes import common_tail
@@ -56,7 +56,7 @@ class FoldBN(Pass):
         """Find a route, backwards or else forwards, and work out the new tensors."""
         norm: Norm = match.payload
         try:
-            require_no_hooks(norm.module, graph)
+            require_replaceable(norm.module, graph)
             _require_own_readers(norm, graph)
             plan, tensors = _find(norm, graph)
             edits, neutral = _removal(norm, graph)

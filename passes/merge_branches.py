@@ -21,7 +21,7 @@ from normfuse.affine import AffineMap
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.branches import Form
 from normfuse.graph import ModelGraph, ModuleCall, function_name
-from normfuse.legality import require_no_hooks
+from normfuse.legality import require_no_hooks, require_replaceable
 from normfuse.norms import Norm
 from normfuse.numerics import exact
 from normfuse.operations import describe
@@ -99,7 +99,7 @@ def _require_own(region: _Region, graph: ModelGraph) -> None:
     calls = graph.calls_of(region.call.name)
     if len(calls) > 1:
         raise Refused(Reason.SHARED_MODULE, f"{region.call.name} is called {len(calls)} times")
-    require_no_hooks(region.call.name, graph)
+    require_replaceable(region.call.name, graph)
     for node in region.nodes:
         if node.op == "call_module":
             require_no_hooks(str(node.target), graph)

@@ -30,7 +30,7 @@ from normfuse.calibration import Batches, Calibration, Listener, Moments, Paddin
 from normfuse.graph import ModelGraph
 from normfuse.layers.l1_batch_norm import L1BatchNorm1d, L1BatchNorm2d, L1BatchNorm3d
 from normfuse.layers.mean_deviation import GAUSSIAN_RATIO, ChannelDeviation, deviation_factor
-from normfuse.legality import require_no_hooks
+from normfuse.legality import require_replaceable
 from normfuse.norm_forms import Form, as_tokens
 from normfuse.norm_swap import NormSwap, Order, Swap, layer_of, token_norms
 from normfuse.norms import Norm
@@ -138,7 +138,7 @@ class SwapL1(NormSwap):
 
     def _batch_swap(self, norm: Norm, graph: ModelGraph) -> Swap:
         path = layer_of(norm)
-        require_no_hooks(path, graph)
+        require_replaceable(path, graph)
         module = graph.module(path)
         if adapters.is_known(module):
             text = f"{norm.name} ({norm.layer}) is a fixed map that no training changes"

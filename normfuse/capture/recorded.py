@@ -53,7 +53,9 @@ def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) 
         except Exception as error:
             raise CaptureError(f"the model does not run on the example inputs: {_one_line(error)}") from error
     recorder.graph.output(recorder.nodes_of((output, recorder.kept())))
-    return ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
+    graph = ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
+    graph.strangers = tuple(recorder.strangers)
+    return graph
 
 
 def _require_values(model: nn.Module) -> None:
@@ -86,6 +88,7 @@ class _Recorder:
         self.model = model
         self.graph = fx.Graph()
         self.calls: list[ModuleCall] = []
+        self.strangers: dict[nn.Module, None] = {}
         self.scope: tuple[ModuleCall, ...] = ()
         self.busy = False
         self.node_of = WeakTensorKeyDictionary()
@@ -195,6 +198,8 @@ class _Recorder:
     ) -> Any:
         """Run one module call: as one node for a leaf, read through otherwise."""
         name = self.module_name.get(id(module))
+        if not self.busy and name is None:
+            self.strangers[module] = None
         if self.busy or name is None:
             return call(*args, **kwargs)
         if is_leaf(module):
