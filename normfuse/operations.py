@@ -56,12 +56,13 @@ _SYNONYMS = {
 }  # fmt: skip
 _GROUPS = {
     "identity": "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout contiguous "
-    "clone detach alias identity to float double half bfloat16 type_as requires_grad stochastic_depth _to_copy "
-    "native_dropout type lift_fresh to_copy data",
+    "clone detach alias identity positive to float double half bfloat16 type_as requires_grad stochastic_depth "
+    "_to_copy native_dropout type lift_fresh to_copy data",
     "gather": "reshape view flatten unflatten permute transpose t T mT swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip narrow select "
     "chunk split tensor_split unbind hsplit vsplit split_with_sizes getitem expand expand_as repeat tile broadcast_to "
-    "repeat_interleave view_as reshape_as unsafe_chunk unsafe_split unsafe_view",
+    "repeat_interleave view_as reshape_as unsafe_chunk unsafe_split unsafe_view index_select rot90 flipud fliplr ravel "
+    "atleast_1d atleast_2d atleast_3d",
     "max_pool": "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
     "avg_pool": "avg_pool1d avg_pool2d avg_pool3d",
     "adaptive_avg_pool": "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
@@ -81,7 +82,7 @@ def describe(node: fx.Node, graph: ModelGraph) -> Operation:
         return _of_layer(node, graph, inputs)
     plain = function_name(node)
     if plain == "pick":
-        return _of_part(describe(inputs[0], graph), inputs)
+        return _of_part(node, describe(inputs[0], graph))
     name = _CANONICAL.get(plain, plain)
     label = f"{plain or node.name} in {_where(node)}"
     if name == "getitem" or plain == "getitem":
@@ -101,9 +102,10 @@ def _of_layer(node: fx.Node, graph: ModelGraph, inputs: tuple[fx.Node, ...]) -> 
     return Operation("", inputs, {}, label)
 
 
-def _of_part(whole: Operation, inputs: tuple[fx.Node, ...]) -> Operation:
-    """One of several results: a part of a split only moves values, one of ``max(dim)`` or an LSTM does not."""
-    return Operation("gather" if whole.name == "gather" else "", inputs, {}, whole.label)
+def _of_part(node: fx.Node, whole: Operation) -> Operation:
+    """One of several results: a part of a split only moves values, the first of ``max(dim)`` is ``amax(dim)``."""
+    name = "amax" if whole.name == "max" and node.args[1] == 0 else "gather" if whole.name == "gather" else ""
+    return Operation(name, whole.inputs, whole.args, whole.label)
 
 
 def _in_order(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -126,12 +126,16 @@ def _reduce(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}")
     if op.name == "amax":
         _require_order(m, op)
+        if node.target is gather.pick and any(part.users for part in node.args[0].users if part is not node):  # type: ignore[union-attr]
+            raise Refused(Reason.OPAQUE_OPERATION, f"the positions of {op.label} are read")
     return m.transform(lambda t: t.squeeze(axes)) if forwards and not keep else m
 
 
 def _pad(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
     if op.args.get("mode", "constant") not in ("constant", None):
         return _copies(node, op, m, graph, forwards)
+    if all(width <= 0 for width in _flat(op.args.get("padding"))):  # it cuts off, and pads nothing
+        return _gather(node, op, m, graph, forwards)
     m.require_constant(_padded(op, m), op.label)
     value = float(op.args.get("value") or 0.0)
     if not bool((m.scale * value + m.shift == value).all()):

@@ -15,7 +15,7 @@ from torch.nn.modules.padding import _ConstantPadNd
 
 from normfuse import absorbers, absorption, gather, rules
 from normfuse.absorbers import Absorber
-from normfuse.affine import AffineMap
+from normfuse.affine import AffineMap, compress
 from normfuse.base import Reason, Refusal, Refused
 from normfuse.graph import ModelGraph, occurrences
 from normfuse.legality import require_plain
@@ -40,7 +40,7 @@ class Plan:
     def add(self, absorber: Absorber, side: Side, node: fx.Node, m: AffineMap) -> None:
         """Let one call of an absorber take a map, after what it already takes."""
         calls = self.maps.setdefault((absorber, side), {})
-        calls[node] = m.after(calls[node]) if node in calls else m
+        calls[node] = compress(m.after(calls[node])) if node in calls else m
 
     @property
     def partners(self) -> tuple[str, ...]:
@@ -143,8 +143,9 @@ class Router:
         raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is also {what}")
 
     def _parts(self, node: fx.Node) -> list[fx.Node]:
+        """Return the values that an operation makes: itself, or those of several results that anything reads."""
         picks = [user for user in node.users if user.target is gather.pick]
-        return picks or [node]
+        return [part for part in picks if part.users] or picks[:1] or [node]
 
     def forward(self, value: fx.Node, given: AffineMap, plan: Plan) -> Plan:
         """Return ``plan`` extended so that all readers of ``value`` do on it what they did on ``given`` of it.
@@ -178,16 +179,12 @@ class Router:
             raise Refused(Reason.OPAQUE_OPERATION, f"{_name(reader)} reads {_name(value)} more than once")
         if self._pads_by_channel(reader, given):
             return self._onwards(reader, given, _with_pad(plan, reader, self._value_before(reader, given)))
-        operation = describe(reader, self.graph)
         grown = plan.copy()
         grown.passed.append(reader)
-        if operation.name == "gather" and reader.target is not gather.pick:
-            picks = [user for user in reader.users if user.target is gather.pick]
-            for part in picks:
-                grown = self._onwards(part, gather.forward(part, given, self.graph), grown)
-            if picks:
-                return grown
-        return self._onwards(reader, rules.forward(reader, operation, value, given, self.graph), grown)
+        for part in self._parts(reader):
+            m = rules.forward(part, describe(part, self.graph), value, given, self.graph)
+            grown = self._onwards(part, m, grown)
+        return grown
 
 
 def _with_pad(plan: Plan, node: fx.Node, value: Tensor) -> Plan:

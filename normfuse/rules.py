@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from normfuse import gather
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
@@ -34,8 +33,7 @@ def backward(node: fx.Node, operation: Operation, wanted: AffineMap, graph: Mode
             return JOINING[operation.name][0](node, operation, wanted, graph)
         if operation.name not in PASSING:
             raise opaque(operation)
-        source = gather.source_of(node) if operation.name == "gather" else operation.inputs[0]
-        return [[(source, PASSING[operation.name](node, operation, wanted, graph, False))]]
+        return [[(operation.inputs[0], PASSING[operation.name](node, operation, wanted, graph, False))]]
 
 
 def forward(node: fx.Node, operation: Operation, origin: fx.Node, given: AffineMap, graph: ModelGraph) -> AffineMap:
