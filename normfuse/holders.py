@@ -48,15 +48,25 @@ class Holder:
         """Whether nothing else can be put there."""
         return self.owner is None
 
-    def put(self, new: Any) -> None:
-        """Let the place hold another object."""
-        is_slot = not isinstance(self.owner, list | dict | collections.deque)
-        old = object.__getattribute__(self.owner, self.key) if is_slot else self.owner[self.key]
-        value = _exchanged(old, self.inside, new)
-        if is_slot:
+    @property
+    def value(self) -> Any:
+        """What stands there: the module or tensor, or the tuple around it."""
+        return object.__getattribute__(self.owner, self.key) if self._is_slot else self.owner[self.key]
+
+    def give(self, value: Any) -> None:
+        """Let this stand there."""
+        if self._is_slot:
             object.__setattr__(self.owner, self.key, value)
         else:
             self.owner[self.key] = value
+
+    @property
+    def _is_slot(self) -> bool:
+        return not isinstance(self.owner, list | dict | collections.deque)
+
+    def put(self, new: Any) -> None:
+        """Let the place hold another module or tensor."""
+        self.give(_exchanged(self.value, self.inside, new))
 
 
 def _exchanged(value: Any, inside: tuple[int, ...], new: Any) -> Any:
@@ -86,6 +96,10 @@ class Holders:
     def of(self, thing: nn.Module | Tensor) -> list[Holder]:
         """Return the places outside of the module tree that hold a module or tensor."""
         return self._held.get(id(thing), [])
+
+    def places(self) -> Iterator[Holder]:
+        """Yield every place that can hold another object."""
+        yield from (holder for held in self._held.values() for holder in held if not holder.is_frozen)
 
     def frozen(self, thing: nn.Module | Tensor) -> Holder | None:
         """Return a place that holds a module or tensor and cannot hold another, if there is one."""

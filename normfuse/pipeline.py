@@ -5,6 +5,7 @@ A pass sees the model as the passes before it left it. The model is captured aga
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,14 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from normfuse import deploy, families, norms, order, surgery
-from normfuse.base import Match, Pass, Reason, Refusal
+from normfuse.base import Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
+from normfuse.errors import PassContractError
 from normfuse.graph import Inputs, ModelGraph, module_names
 from normfuse.layers import tuned
 from normfuse.manifest import make_manifest
 from normfuse.report import Outcome, Report, Status
+from normfuse.structure import restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,6 +65,8 @@ class _Run:
     selection: Selection
     original: dict[int, str]
     outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
+    unread: dict[str, Refusal] = field(default_factory=dict)
+    """Why a pass, by its name, could not look at the model at all."""
 
 
 def run(
@@ -74,7 +79,8 @@ def run(
 ) -> Result[M]:
     """Run passes in order on a model, or on a copy of it, and return it with the report.
 
-    The model returned is in eval mode, unless all passes are reversible: those leave its mode alone.
+    The model returned is in eval mode, unless all passes are reversible: those leave its mode alone. Where an error
+    is raised, whatever its kind and wherever it stems from, the model is as it was.
 
     Raises:
         CaptureError: The model could not be read.
@@ -82,25 +88,33 @@ def run(
     """
     user_model = unwrap(model)
     order.require_for_passes(user_model, [one.name for one in passes if not one.reversible])
-    notes = _notes(user_model, passes)
     work = user_model if inplace else surgery.copy(user_model)
+    with restored_on_error(work) if inplace else contextlib.nullcontext():
+        return Result(work, _edit(work, user_model, passes, example_inputs, selection))  # type: ignore[arg-type]
+
+
+def _edit(
+    work: nn.Module, source: nn.Module, passes: Sequence[Pass], example_inputs: Inputs | None, selection: Selection
+) -> Report:
+    """Carry out the passes on a model, which is the source or a copy of it, and put it in its final mode."""
+    notes = _notes(work, passes)
     tuned.leave_all(work)  # the passes read layers as they are outside of Tune mode
-    before = list(user_model.state_dict())
+    before = list(work.state_dict())
     state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
     graph = capture(work, example_inputs)
     inventory, first = norms.find_norms(graph), graph
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             graph = replace(capture(work, example_inputs), edits=graph.edits)
-    notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, user_model))
+    notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, source))
     report = _report(inventory, passes, state, notes, first)
     if all(one.reversible for one in passes):
-        return Result(work, report)  # type: ignore[arg-type]
+        return report
     for name, module in work.named_modules():
         module.training = name in graph.training
     if report:
         deploy.guard(work, make_manifest(work, before, graph.edits, report))
-    return Result(work, report)  # type: ignore[arg-type]
+    return report
 
 
 def _notes(model: nn.Module, passes: Sequence[Pass]) -> tuple[str, ...]:
@@ -145,19 +159,44 @@ def _run_pass(one: Pass, graph: ModelGraph, state: _Run) -> bool:
 def _sweep(one: Pass, graph: ModelGraph, state: _Run, done: set[str]) -> bool:
     """Apply one pass wherever it may and did not yet: a norm that was folded may have stood in another's way."""
     structural = False
-    for match in list(one.detect(graph)):
+    for match in _detect(one, graph, state):
         name = _original_name(match, graph, state)
         if name in done:
             continue
-        answer = state.selection.refuses(name) or one.check(match, graph)
+        answer = state.selection.refuses(name) or _check(one, match, graph)
         answer = state.selection.protects(answer) or answer
         if isinstance(answer, Match):
             edits = len(graph.edits)
-            one.apply(answer, graph)
+            _apply(one, answer, graph)
             done.add(name)
             structural |= any(edit.get("module") != surgery.IDENTITY for edit in graph.edits[edits:])
         _note(one, match, answer, name, state)
     return structural
+
+
+def _detect(one: Pass, graph: ModelGraph, state: _Run) -> list[Match]:
+    """Return the places that a pass looks for; none, and the reason for the report, where it refused to look."""
+    try:
+        return list(one.detect(graph))
+    except Refused as refused:
+        state.unread.setdefault(one.name, refused.refusal)
+        return []
+
+
+def _check(one: Pass, match: Match, graph: ModelGraph) -> Match | Refusal:
+    """Ask a pass about a place; a refusal that it raises is its answer."""
+    try:
+        return one.check(match, graph)
+    except Refused as refused:
+        return refused.refusal
+
+
+def _apply(one: Pass, match: Match, graph: ModelGraph) -> None:
+    """Let a pass edit the model; it is past asking, so a refusal is a fault of the pass."""
+    try:
+        one.apply(match, graph)
+    except Refused as refused:
+        raise PassContractError(f"{one.name} refused {match.subject} while it applied it: {refused}") from refused
 
 
 def _original_name(match: Match, graph: ModelGraph, state: _Run) -> str:
@@ -199,15 +238,17 @@ def _about(norm: norms.Norm, state: _Run, graph: ModelGraph) -> Outcome:
     """Return the outcome of a norm; where all of it stays in any case, that its gain does is not the reason."""
     outcome = state.outcomes.get((norm.name, True))
     if outcome is None:
-        return _left(norm, graph)
+        return _left(norm, graph, state)
     if outcome.status is Status.REFUSED and families.stays(norm, graph) and norm.nodes:
         return replace(outcome, refusal=families.explain(norm, graph))
     return outcome
 
 
-def _left(norm: norms.Norm, graph: ModelGraph) -> Outcome:
+def _left(norm: norms.Norm, graph: ModelGraph, state: _Run) -> Outcome:
     """Return the outcome of a norm that no pass looked at."""
     if not norm.nodes:
         unseen = Refusal(Reason.PARTIAL_CAPTURE, "what calls it could not be traced", "pass example_inputs")
         return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if graph.partial else None)
+    for name, refusal in state.unread.items():
+        return Outcome(name, Status.REFUSED, norm.name, norm.layer, refusal=refusal)
     return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=families.explain(norm, graph))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from normfuse.progress import tracked
 from normfuse.quantization import Precision
 from normfuse.quantization.calibrated import CalibratedLayer
 from normfuse.quantization.quantizing_layer import QuantizingLayer
+from normfuse.structure import restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -147,10 +149,11 @@ def run_quantize(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = Batches(one.calibration, source, one.padding_mask).first()
-    if any(isinstance(m, QuantizingLayer) and not isinstance(m, CalibratedLayer) for m in source.modules()):
-        source = api.apply(source, [ShiftQuantOff()], example_inputs=first, inplace=inplace).model
-        inplace = True  # what is edited from here on is the copy
-    if fold and not is_folded(source):
-        source = api.fold(source, example_inputs=first, inplace=inplace)
-        inplace = True
-    return api.apply(source, [one], example_inputs=first, inplace=inplace, **selection)  # type: ignore[return-value]
+    with restored_on_error(source) if inplace else contextlib.nullcontext():
+        if any(isinstance(m, QuantizingLayer) and not isinstance(m, CalibratedLayer) for m in source.modules()):
+            source = api.apply(source, [ShiftQuantOff()], example_inputs=first, inplace=inplace).model
+            inplace = True  # what is edited from here on is the copy
+        if fold and not is_folded(source):
+            source = api.fold(source, example_inputs=first, inplace=inplace)
+            inplace = True
+        return api.apply(source, [one], example_inputs=first, inplace=inplace, **selection)  # type: ignore[return-value]

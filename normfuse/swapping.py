@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from normfuse.passes import PASSES
 from normfuse.pipeline import Result
 from normfuse.progress import tracked
 from normfuse.reconstruction import reconstruct as fit_blocks
+from normfuse.structure import restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 Target = Literal["unified", "l1"]
@@ -84,11 +86,14 @@ def swap_norms(
     """
     original = surgery.copy(unwrap(model)) if reconstruct and inplace else unwrap(model)
     one = swap_pass(to, calibration, order=order, padding_mask=padding_mask, options=options, progress=progress)
-    swapped = run_swap(model, one, include=include, exclude=exclude, inplace=inplace, seed=seed).model
-    if reconstruct:
-        arguments = {"steps": reconstruct} if isinstance(reconstruct, int) else dict(reconstruct)
-        arguments = {"seed": seed, "progress": progress, "padding_mask": padding_mask, **arguments}
-        fit_blocks(original, swapped, calibration, **arguments)
+    tensors = (*unwrap(model).parameters(), *unwrap(model).buffers())
+    written = tensors if reconstruct else ()  # a fit trains them in place
+    with restored_on_error(unwrap(model), written) if inplace else contextlib.nullcontext():
+        swapped = run_swap(model, one, include=include, exclude=exclude, inplace=inplace, seed=seed).model
+        if reconstruct:
+            arguments = {"steps": reconstruct} if isinstance(reconstruct, int) else dict(reconstruct)
+            arguments = {"seed": seed, "progress": progress, "padding_mask": padding_mask, **arguments}
+            fit_blocks(original, swapped, calibration, **arguments)
     return swapped
 
 

@@ -19,6 +19,7 @@ from normfuse.graph import Inputs, is_uninitialized
 from normfuse.layers.tuned import FixedNorm, enter, leave_all
 from normfuse.passes.tune_mode import TuneMode
 from normfuse.pipeline import Selection, run
+from normfuse.structure import restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 _log = logging.getLogger("normfuse")
@@ -69,7 +70,9 @@ def tune_mode(
     except CaptureError as error:
         if example_inputs is not None:
             raise
-        _fix_all(inner, selection)
+        with restored_on_error(inner):
+            leave_all(inner)
+            _fix_all(inner, selection)
         _log.warning("Tune mode only fixes the statistics of this model's norms: %s", error)
         return model
     paired = any(outcome.partners for outcome in report.norms)

@@ -211,7 +211,7 @@ def _plan(node: fx.Node, value: fx.Node, m: AffineMap, graph: ModelGraph) -> Pla
     if m.is_identity:
         raise Refused(Reason.NOT_CHEAPER, f"the channels of {node.target} are equal already")
     plan = Plan()
-    plan.add(absorber, "output", node, m.inverse())
+    plan.add(absorber, "output", node, AffineMap(1 / m.scale, torch.zeros_like(m.shift)))
     return Router(graph).forward(value, m, plan)
 
 

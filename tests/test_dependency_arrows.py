@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
-    ("errors", "numerics", "adapters", "computed", "holders", "native"),
+    ("errors", "numerics", "adapters", "computed", "holders", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),

@@ -24,6 +24,7 @@ from normfuse.layers.second_moment import statistics_dtype
 from normfuse.layers.tuned import TunedLayer
 from normfuse.order import ADAPTING, Step, is_adapting, require
 from normfuse.statistics.stored import batch_norms
+from normfuse.structure import restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -118,10 +119,11 @@ def enter(
     norms = batch_norms(inner, include, exclude)
     if not norms:
         raise ValueError("no BatchNorm of this model, of those chosen, stores statistics to start from")
-    for norm in norms.values():
-        if not is_adapting(norm):
-            vars(norm)[ADAPTING] = state(norm)
-            norm.__class__ = _adapting_class(kind, type(norm))
+    with restored_on_error(inner):
+        for norm in norms.values():
+            if not is_adapting(norm):
+                vars(norm)[ADAPTING] = state(norm)
+                norm.__class__ = _adapting_class(kind, type(norm))
     return model
 
 
@@ -141,9 +143,11 @@ def freeze(model: M) -> M:
     norms = adapting(model)
     for norm in norms.values():
         norm.require_fixable()
-    for norm in norms.values():
-        norm.fix()
-    return leave(model)
+    inner = unwrap(model)
+    with restored_on_error(inner, inner.buffers()):
+        for norm in norms.values():
+            norm.fix()
+        return leave(model)
 
 
 def leave(model: M) -> M:
@@ -151,10 +155,11 @@ def leave(model: M) -> M:
 
     The stored statistics are those from before, unless the method itself updates them; trained parameters stay.
     """
-    for norm in adapting(model).values():
-        norm.clear()
-        norm.__class__ = type(norm)._normfuse_class
-        del vars(norm)[ADAPTING]
+    with restored_on_error(unwrap(model)):
+        for norm in adapting(model).values():
+            norm.clear()
+            norm.__class__ = type(norm)._normfuse_class
+            del vars(norm)[ADAPTING]
     return model
 
 

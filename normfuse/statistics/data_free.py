@@ -32,6 +32,7 @@ from normfuse.statistics.moments import ChannelMoments
 from normfuse.statistics.reestimation import in_order, norms_with_statistics, observe
 from normfuse.statistics.simulated import simulated_integers
 from normfuse.statistics.stored import batch_norms
+from normfuse.structure import restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 RECTIFIED = (nn.ReLU, nn.ReLU6)
@@ -204,7 +205,7 @@ def adaptive_batch_norm(
         return _changed(norm, plain[name], moments, weight) if relative else stored.mixed(norm, moments, weight)
 
     rounding = {"weight_bits": weight_bits, "activation_bits": activation_bits, "per_channel": per_channel}
-    with simulated_integers(inner, peaks=peaks, **rounding):
+    with restored_on_error(inner, inner.buffers()), simulated_integers(inner, peaks=peaks, **rounding):
         in_order(inner, norms, data, new, progress=progress)
     return model
 

@@ -26,6 +26,7 @@ from normfuse.order import Step, require
 from normfuse.progress import tracked
 from normfuse.statistics import stored
 from normfuse.statistics.moments import ChannelMoments, gather
+from normfuse.structure import restored_on_error
 
 if TYPE_CHECKING:
     from normfuse.statistics.moments import Group
@@ -74,7 +75,7 @@ def reestimate(
     Raises:
         OrderError: The model is folded, has computed weights, or is being adapted.
         ValueError: No norm stores statistics, there is no data, an argument is none of those named, or a norm reads
-            NaN or infinity; nothing is changed by then unless the order is sequential.
+            NaN or infinity. The model is then as it was, as after any other error.
 
     Example:
         >>> normfuse.statistics.reestimate(model, loader)  # doctest: +SKIP
@@ -85,7 +86,7 @@ def reestimate(
         raise ValueError(f"weight is from 0 to 1, not {weight}")
     inner = unwrap(model)
     require(inner, Step.RECALIBRATE)
-    with tuned.left(inner):
+    with restored_on_error(inner, inner.buffers()), tuned.left(inner):
         if add_missing:
             _add_missing(inner, order, include, exclude)
         norms = norms_with_statistics(inner, include, exclude)

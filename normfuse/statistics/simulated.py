@@ -25,6 +25,7 @@ from normfuse.capture import unwrap
 from normfuse.norm_forms import as_tokens
 from normfuse.progress import tracked
 from normfuse.statistics.moments import ChannelMoments, gather
+from normfuse.structure import restored_on_error
 
 if TYPE_CHECKING:
     from normfuse.statistics.moments import Group
@@ -136,11 +137,12 @@ def correct_bias(
     data = Batches(batches, inner)
     wanted, order = written(inner, layers, data, process_group)
     rounding = {"weight_bits": weight_bits, "activation_bits": activation_bits, "per_channel": per_channel}
-    for name in tracked(order, "correcting", shown=progress):
-        with simulated_integers(inner, peaks=peaks, **rounding):
-            found, _ = written(inner, {name: layers[name]}, data, process_group, stop=True)
-        with torch.no_grad():
-            layers[name].bias += (wanted[name].mean - found[name].mean).to(layers[name].bias)
+    with restored_on_error(inner, [layer.bias for layer in layers.values()]):
+        for name in tracked(order, "correcting", shown=progress):
+            with simulated_integers(inner, peaks=peaks, **rounding):
+                found, _ = written(inner, {name: layers[name]}, data, process_group, stop=True)
+            with torch.no_grad():
+                layers[name].bias += (wanted[name].mean - found[name].mean).to(layers[name].bias)
     _log.info("corrected the shifts of %d layers", len(order))
     return model
 

@@ -19,6 +19,7 @@ from normfuse.graph import is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
 from normfuse.layers.unified_norm import UnifiedNorm
 from normfuse.statistics.moments import ChannelMoments
+from normfuse.structure import restored_on_error
 
 Snapshot = dict[str, dict[str, Tensor]]
 """The statistics of each norm, by its qualified name and the name of the buffer."""
@@ -106,8 +107,9 @@ def restore(model: nn.Module, statistics: Snapshot) -> nn.Module:
     for name, values in statistics.items():
         if name not in norms or any(getattr(norms[name], k).shape != v.shape for k, v in values.items()):
             raise ValueError(f"the statistics are of another model: this one has no such norm as {name}")
-    for name, values in statistics.items():
-        assign(norms[name], values)
+    with restored_on_error(model, model.buffers()):
+        for name, values in statistics.items():
+            assign(norms[name], values)
     return model
 
 
