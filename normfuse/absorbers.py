@@ -64,6 +64,8 @@ def output_side(node: fx.Node, graph: ModelGraph) -> Absorber | None:
     if isinstance(module, nn.Embedding) and layer is not None:
         # with max_norm the forward pass rescales the rows it reads, so scaled rows would not stay scaled
         return Absorber("embedding", name, f"{name}.weight") if module.max_norm is None else None
+    if isinstance(module, _NormBase) and layer is None:
+        raise _untraced(name, module)
     if isinstance(module, _NORMS) and module.weight is not None:
         return Absorber("norm", name, f"{name}.weight", None if layer is nn.RMSNorm else f"{name}.bias")
     return _layer(node, module, name)
@@ -98,8 +100,7 @@ def _layer(node: fx.Node, module: nn.Module, name: str) -> Absorber | None:
         if isinstance(module, _ConvNd) and adapters.pads_same(module):
             return Absorber("conv", name, f"{name}.weight", f"{name}.bias", module.groups, padded=True)
         if isinstance(module, _ConvNd | nn.Linear):
-            text = f"{name} ({type(module).__name__}) has its own forward, which cannot be traced"
-            raise Refused(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
+            raise _untraced(name, module)
         return None
     if issubclass(layer, _ConvNd) and isinstance(module, _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)
@@ -108,6 +109,11 @@ def _layer(node: fx.Node, module: nn.Module, name: str) -> Absorber | None:
     if issubclass(layer, nn.Linear):
         return Absorber("linear", name, f"{name}.weight", f"{name}.bias")
     return None
+
+
+def _untraced(name: str, module: nn.Module) -> Refused:
+    text = f"{name} ({type(module).__name__}) has its own forward, which cannot be traced"
+    return Refused(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
 
 
 def _function(node: fx.Node, graph: ModelGraph) -> Absorber | None:

@@ -21,7 +21,7 @@ from normfuse import adapters, constant_maps, numerics, written_norms
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.call_arguments import arguments_of
-from normfuse.capture.leaves import affine_inference
+from normfuse.capture.leaves import affine_inference, base_layer
 from normfuse.constant_maps import ConstantMap
 from normfuse.graph import ModelGraph, ModuleCall, function_name, is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
@@ -211,6 +211,9 @@ def _module_affine(name: str, graph: ModelGraph) -> tuple[Tensor, Tensor]:
         return known.affine_map()
     if not isinstance(module, _NormBase):
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} ({type(module).__name__}) has no rule")
+    if base_layer(module) is None:
+        text = f"{name} ({type(module).__name__}) has its own forward, which cannot be traced"
+        raise Refused(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
     if is_uninitialized(module):
         raise Refused(Reason.UNINITIALIZED, f"{name} has no values yet", "run the model once")
     if module.running_mean is None or module.running_var is None:

@@ -207,3 +207,32 @@ def test_duplicating_shared_layers_lets_them_fold(name: str):
     assert all(o.status is Status.APPLIED for o in result.report.norms)
     assert_parity(model, result.model, image())
     assert_parity(model, copy.deepcopy(result.model), image())
+
+
+class DoublesNorm(nn.BatchNorm2d):
+    """A norm that does more than its class, behind a check of sizes that no tracer follows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class DoublesInstanceNorm(nn.InstanceNorm2d):
+    """The same of an InstanceNorm with running statistics."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=True, track_running_stats=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize("norm", [DoublesNorm, DoublesInstanceNorm])
+def test_norm_whose_own_forward_cannot_be_traced(norm: type[nn.Module]):
+    """Neither its map nor the map of a norm behind it may go where its forward does more than the norm."""
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.BatchNorm2d(4)).double().eval())
+    for inputs in (None, image(2, 3, 6, 6)):
+        result = api.apply(model, api.EXACT_PASSES, example_inputs=inputs)
+        assert_parity(model, result.model, image(2, 3, 6, 6))
+    (first, _) = normfuse.inspect(model).norms
+    text = f"1 ({norm.__name__}) has its own forward, which cannot be traced"
+    assert first.refusal == normfuse.Refusal(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
