@@ -48,6 +48,7 @@ class ModelGraph:
         edits: What was done to the structure of the model through this graph.
         inputs: What the recorded run was given; None where the model was traced.
         strangers: Modules that the recorded run called and that are none of the model's.
+        returned: Copies of what the recorded run returned, by name as :func:`normfuse.outputs.leaves` gives them.
     """
 
     root: nn.Module
@@ -58,6 +59,7 @@ class ModelGraph:
     edits: list[Edit] = field(default_factory=list)
     inputs: Inputs | None = None
     strangers: tuple[nn.Module, ...] = ()
+    returned: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.graph.nodes)

@@ -6,6 +6,7 @@ as detectors take it). Outputs are any nesting of mappings, sequences and datacl
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,23 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         children = [map_tensors(child, function) for child in value]
         return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
     return value
+
+
+def leaves(output: Any) -> dict[str, Any]:
+    """Return copies of what a model returned, by name as :func:`flatten` has them; later runs change none."""
+    return {name: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for name, leaf in flatten(output)}
+
+
+def copied(inputs: Any) -> Any:
+    """Return inputs of the same types with every tensor copied, as a model may write into what it is given.
+
+    A tensor that stands at two places is one tensor again. Objects that cannot be copied are handed on.
+    """
+    memo = {id(tensor): tensor.detach().clone() for tensor in input_tensors(inputs)}
+    try:
+        return copy.deepcopy(inputs, memo)
+    except Exception:  # an object of the user's may refuse in any way
+        return inputs
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

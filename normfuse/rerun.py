@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normfuse import surgery
+from normfuse.capture.modes import seeded
 from normfuse.graph import Inputs
-from normfuse.outputs import arguments, map_tensors
+from normfuse.outputs import arguments, copied, map_tensors
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -98,7 +99,8 @@ def convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def cast_inputs(inputs: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the inputs with floating-point tensors in ``dtype`` (None: in their own)."""
-    return map_tensors(inputs, lambda t: t.detach().clone().to(dtype if t.is_floating_point() else None))
+    inputs = copied(inputs)
+    return inputs if dtype is None else map_tensors(inputs, lambda t: t.to(dtype if t.is_floating_point() else None))
 
 
 def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, *, promote: bool = False) -> Any:
@@ -111,8 +113,7 @@ def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, *, p
         promote: Read every narrower type that ``forward`` names as float64.
     """
     args, kwargs = arguments(cast_inputs(inputs, dtype))
-    with torch.no_grad(), torch.random.fork_rng(devices=()), _promoting() if promote else contextlib.nullcontext():
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(model), _promoting() if promote else contextlib.nullcontext():
         return model(*args, **kwargs)
 
 

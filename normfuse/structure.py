@@ -30,13 +30,14 @@ class Structure:
     Args:
         model: Any module.
         written: Tensors whose values are remembered too, for edits that write into them.
+        holders: Whether other objects are looked through as well, for edits that replace layers there.
     """
 
-    def __init__(self, model: nn.Module, written: Iterable[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module, written: Iterable[Tensor] = (), *, holders: bool = True) -> None:
         self._classes: list[tuple[nn.Module, type]] = []
         self._contents: list[tuple[Any, Any]] = []
         self._remember(model)
-        self._places = [(holder, holder.value) for holder in Holders(model).places()]
+        self._places = [(holder, holder.value) for holder in Holders(model).places()] if holders else []
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._values = [(tensor, tensor.detach().clone()) for tensor in written if not is_lazy(tensor)]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from normfuse.capture import capture, eval_mode, unwrap
 from normfuse.capture.leaves import base_layer, is_leaf
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, function_name
+from tests.fingerprint import fingerprint
 from tests.zoo import ZOO, Trap, layers, readers, sharing
 from tests.zoo.trap import image
 
@@ -119,12 +122,10 @@ def test_forward_replaced_on_the_instance_is_no_leaf():
 
 
 class CountsCalls(sharing.ConvBN):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
+    calls = 0  # of the class: what a run counts on the model itself is put back
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        CountsCalls.calls += 1
         assert not self.training
         assert not torch.is_grad_enabled()
         return super().forward(x)
@@ -132,8 +133,9 @@ class CountsCalls(sharing.ConvBN):
 
 def test_model_runs_once_in_eval_mode_without_gradients():
     model = CountsCalls().double().train()
+    calls = CountsCalls.calls
     graph = capture(model, image())
-    assert model.calls == 1
+    assert CountsCalls.calls == calls + 1
     assert model.training
     assert graph.training == frozenset()
 
@@ -223,3 +225,43 @@ def test_parameters_of_a_part_have_their_names_in_the_whole_model():
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     assert read == {f"block.1.{name}" for name in ("running_mean", "running_var", "weight", "bias")}
     assert normfuse.inspect(_Untraceable().eval()).norms[0].refusal is not None
+
+
+class Remembers(nn.Module):
+    """Counts its calls, keeps a cache and a history, writes into its input and draws numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls, self.seen = nn.Conv2d(3, 4, 1), 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.cache = x.add_(1)
+        self.register_buffer("made", x.mean())
+        return self.conv(x) + torch.randn(1) + random.random() + np.random.rand()
+
+
+def test_a_run_leaves_no_trace_on_the_model_its_input_and_the_generators():
+    model, x = Remembers(), torch.zeros(1, 3, 2, 2)
+    draws = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1]]
+    before = fingerprint(model)
+    first, second = (capture(model, x).returned for _ in range(2))
+    assert fingerprint(model) == before
+    assert not x.any()
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first["output"], second["output"])  # each from the same random state
+    for old, new in zip(draws, [torch.get_rng_state(), random.getstate(), np.random.get_state()[1]], strict=True):
+        assert old == new if isinstance(old, tuple) else (old == new).all()
+
+
+def test_one_tensor_at_two_places_is_one_in_a_run():
+    class Attends(nn.Module):
+        def forward(self, q: Tensor, pair: dict[str, Tensor]) -> Tensor:
+            return q + (1.0 if q is pair["k"] else 0.0)
+
+    x = torch.zeros(2)
+    returned = capture(Attends(), (x, {"k": x})).returned
+    assert returned is not None
+    assert returned["output"].tolist() == [1, 1]

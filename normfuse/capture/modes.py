@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+
+from normfuse.structure import Structure
 
 
 def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -35,21 +39,42 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Run a block that leaves the buffers of ``model`` and the random number generators of the CPU as they were.
+    """Run ``model`` in a block that leaves its attributes and buffers, and the random number generators, as they were.
 
-    In training mode a module may update what it stores, or draw numbers, even while it is only traced.
+    A ``forward`` may count its calls, keep a cache, update what it stores or draw numbers, even while it is traced.
+    Every such block starts from the same random state, so that two runs of a model draw the same numbers.
     """
     kept = [(buffer, _version(buffer), buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
-    state = random.getstate()
+    before = Structure(model, holders=False)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with seeded(model):
             yield
     finally:
-        random.setstate(state)
+        before.put_back()
         for buffer, version, value in kept:
             if version is None or _version(buffer) != version:
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run a block from a seed, and put the generators back: Python's, NumPy's, torch's of the CPU and the model."""
+    numpy: Any = sys.modules.get("numpy")
+    devices = sorted({tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices):
+            random.seed(seed)
+            if numpy:
+                numpy.random.seed(seed)
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -23,6 +23,7 @@ from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.errors import CaptureError
 from normfuse.graph import Inputs, ModelGraph, ModuleCall, is_uninitialized, module_names, named_tensors
+from normfuse.outputs import arguments, copied, leaves
 
 _METADATA = frozenset(
     name
@@ -45,15 +46,17 @@ def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) 
     """
     _require_values(model)
     inside = frozenset() if training else training_inside_eval(model)
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = arguments(copied(example_inputs))
     recorder = _Recorder(model)
     with in_mode(model, training=training), torch.no_grad(), unchanged(model):
         try:
             output = recorder.run(args, kwargs)
         except Exception as error:
             raise CaptureError(f"the model does not run on the example inputs: {_one_line(error)}") from error
-    recorder.graph.output(recorder.nodes_of((output, recorder.kept())))
+        recorder.graph.output(recorder.nodes_of((output, recorder.kept())))
+        returned = leaves(output)
     graph = ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
+    graph.returned = returned
     graph.strangers = tuple(recorder.strangers)
     return graph
 
@@ -62,13 +65,6 @@ def _require_values(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_uninitialized(module):
             raise CaptureError(f"{name or 'the model'} ({type(module).__name__}) has no values yet: run the model once")
-
-
-def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return ``(args, kwargs)`` for example inputs: a tuple is positional, a mapping is keywords, else one argument."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if type(inputs) is tuple else (inputs,)), {}
 
 
 def training_inside_eval(model: nn.Module) -> frozenset[str]:
