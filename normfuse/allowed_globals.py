@@ -65,6 +65,7 @@ HELPERS = frozenset(
         "torchvision.ops.boxes.box_iou",
         "timm.layers.format.Format",
         "normfuse.deploy.RefuseTraining",
+        "normfuse.layers.deployed.NotReached",
         "normfuse.quantization.quantizing_layer.Precision",
         "argparse.Namespace",
     }

@@ -41,6 +41,7 @@ class Reason(enum.Enum):
     QUANTIZED = "quantized"
     DTYPE = "dtype"
     RANGE = "out of range"
+    NOT_REACHED = "not reached"
     PARTIAL_CAPTURE = "partial capture"
     UNSUPPORTED_LAYER = "unsupported layer"
     OPAQUE_OPERATION = "opaque operation"

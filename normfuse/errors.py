@@ -49,7 +49,7 @@ class MissingDependencyError(NormfuseError, ImportError):
 
 
 class DeployedModelError(NormfuseError):
-    """A folded model was asked to do what only the unfolded model can, such as to train."""
+    """A folded model was asked to do what only the unfolded model can: to train, or to run a part no example ran."""
 
 
 class OrderError(NormfuseError):

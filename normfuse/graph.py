@@ -46,6 +46,7 @@ class ModelGraph:
         partial: Names of the parts that were traced on their own; empty when the whole model was read.
         training: Names of modules that were in training mode inside a model in eval mode.
         edits: What was done to the structure of the model through this graph.
+        changed_scopes: Names of the modules whose ``forward`` sees a value that is another since; "" is the model.
         inputs: What the recorded run was given; None where the model was traced.
         strangers: Modules that the recorded run called and that are none of the model's.
         returned: Copies of what the recorded run returned, by name as :func:`normfuse.outputs.leaves` gives them.
@@ -57,6 +58,7 @@ class ModelGraph:
     partial: tuple[str, ...] = ()
     training: frozenset[str] = frozenset()
     edits: list[Edit] = field(default_factory=list)
+    changed_scopes: set[str] = field(default_factory=set)
     inputs: Inputs | None = None
     strangers: tuple[nn.Module, ...] = ()
     returned: Mapping[str, Any] | None = None
@@ -101,6 +103,14 @@ class ModelGraph:
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
         """Give parameters and buffers of the model new values, by captured name."""
         surgery.assign(self.module, tensors, self.holders)
+
+    def note_changed(self, values: Iterable[fx.Node]) -> None:
+        """Note that values are others from now on: each shows where it is made, and outside of what returns it."""
+        for node in values:
+            scope = list(node.meta.get("scope", ()))
+            while scope and node in scope[-1].outputs:
+                self.changed_scopes.add(scope.pop().name)
+            self.changed_scopes.add(scope[-1].name if scope else "")
 
     def remove(self, node: fx.Node) -> None:
         """Note that a call changes its input no longer: its norm was folded."""

@@ -56,12 +56,10 @@ def require_unwatched(plan: Plan, graph: ModelGraph) -> None:
     Raises:
         Refused: There is one.
     """
-    written = {node for (_, side), calls in plan.maps.items() if side == "output" for node in calls}
-    changed = written.union(plan.passed)
     for node in plan.passed:
         require_no_hooks(str(node.target) if node.op == "call_module" else None, graph)
     for call in graph.hooked_calls:
-        if not changed.isdisjoint((*call.inputs, *call.outputs)):
+        if not plan.changed.isdisjoint((*call.inputs, *call.outputs)):
             require_no_hooks(call.name, graph)
 
 

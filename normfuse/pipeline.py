@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from normfuse import deploy, families, norms, order, surgery
+from normfuse import deploy, families, norms, order, reach, surgery
 from normfuse.base import Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
 from normfuse.errors import PassContractError
@@ -67,6 +67,7 @@ class _Run:
     outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
     unread: dict[str, Refusal] = field(default_factory=dict)
     """Why a pass, by its name, could not look at the model at all."""
+    guarded: dict[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -102,11 +103,13 @@ def _edit(
     before = list(work.state_dict())
     state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
     graph = capture(work, example_inputs)
-    inventory, first = norms.find_norms(graph), graph
+    inventory, first, unreached = norms.find_norms(graph), graph, reach.unreached(graph)
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
-            graph = replace(capture(work, example_inputs), edits=graph.edits)
+            again = capture(work, example_inputs)
+            graph = replace(again, edits=graph.edits, changed_scopes=graph.changed_scopes)
     notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, source))
+    state.guarded = _guard(unreached, first, graph, example_inputs)
     report = _report(inventory, passes, state, notes, first)
     if all(one.reversible for one in passes):
         return report
@@ -144,6 +147,16 @@ def _not_copied(graph: ModelGraph, source: nn.Module) -> tuple[str, ...]:
     return tuple(
         f"{name} is held by a function, which a copy shares: the result calls that of the source" for name in called
     )
+
+
+def _guard(unreached: list[str], first: ModelGraph, graph: ModelGraph, inputs: Inputs | None) -> dict[str, str]:
+    """Let the layers raise that no example reached and that may read a changed value; return their classes by name."""
+    modules = dict(graph.root.named_modules())
+    names = reach.concerned([name for name in unreached if name in modules], first, graph.changed_scopes)
+    names = reach.not_run(names, graph.root, inputs) if names else []
+    for name in names:
+        graph.perform({"op": "guard", "path": name})
+    return {name: type(modules[name]).__name__ for name in names}
 
 
 def _run_pass(one: Pass, graph: ModelGraph, state: _Run) -> bool:
@@ -231,6 +244,7 @@ def _report(
     about_norms = [_about(norm, state, graph) for norm in inventory]
     known = {norm.name for norm in inventory}
     others = [o for (name, is_norm), o in state.outcomes.items() if not is_norm or name not in known]
+    others += [_unrun(name, layer, is_norm=False) for name, layer in state.guarded.items() if name not in known]
     return Report((*about_norms, *others), tuple(dict.fromkeys(one.name for one in passes)), notes)
 
 
@@ -238,10 +252,17 @@ def _about(norm: norms.Norm, state: _Run, graph: ModelGraph) -> Outcome:
     """Return the outcome of a norm; where all of it stays in any case, that its gain does is not the reason."""
     outcome = state.outcomes.get((norm.name, True))
     if outcome is None:
-        return _left(norm, graph, state)
+        return _unrun(norm.name, norm.layer) if norm.name in state.guarded else _left(norm, graph, state)
     if outcome.status is Status.REFUSED and families.stays(norm, graph) and norm.nodes:
         return replace(outcome, refusal=families.explain(norm, graph))
     return outcome
+
+
+def _unrun(name: str, layer: str, *, is_norm: bool = True) -> Outcome:
+    """Return the outcome of a layer that raises, should it run."""
+    text = f"{name} may be given values that the fold changed, and raises DeployedModelError if it runs"
+    refusal = Refusal(Reason.NOT_REACHED, text, "pass an example that runs it as well")
+    return Outcome("", Status.NOT_REACHED, name, layer, is_norm, refusal=refusal)
 
 
 def _left(norm: norms.Norm, graph: ModelGraph, state: _Run) -> Outcome:

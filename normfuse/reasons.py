@@ -59,6 +59,11 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "A folded value is finite but does not fit the dtype of the weight (float16 ends at 65504).",
         "Fold in float32, convert afterwards and look at the range report.",
     ),
+    Reason.NOT_REACHED: (
+        "No example reached the layer, and where it stands it could be given a value that a fold changed. The folded "
+        "model raises `DeployedModelError` if it runs.",
+        "Pass several examples that run every part you use; `del layer.forward` lifts the guard at your own risk.",
+    ),
     Reason.PARTIAL_CAPTURE: (
         "Only parts of the model could be traced, so a caller outside of them may be unseen.",
         "Pass `example_inputs`: recording a run reads any model that runs.",

@@ -47,6 +47,11 @@ class Plan:
         """The names of the absorbing layers."""
         return tuple(dict.fromkeys(absorber.name for absorber, _ in self.maps))
 
+    @property
+    def changed(self) -> set[fx.Node]:
+        """The values that are others when the plan is carried out."""
+        return {node for (_, side), calls in self.maps.items() if side == "output" for node in calls} | set(self.passed)
+
 
 class Router:
     """Searches a graph for routes."""

@@ -256,6 +256,13 @@ def _separate(root: nn.Module, edit: Edit) -> None:
             parent.use_nested_tensor = False
 
 
+def _guard(root: nn.Module, edit: Edit) -> None:
+    """Let a layer that no example reached raise instead of running; its class and tensors stay."""
+    from normfuse.layers.deployed import NotReached
+
+    vars(root.get_submodule(edit["path"]))["forward"] = NotReached(edit["path"])
+
+
 _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "replace": _replace,
     "retype": _retype,
@@ -266,4 +273,5 @@ _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "count_calls": _count_calls,
     "resize": _resize,
     "separate": _separate,
+    "guard": _guard,
 }

@@ -94,6 +94,7 @@ class CenterNorm(Pass):
         change: _Change = match.payload
         for centring in change.centrings:
             if not centring.done:
+                graph.note_changed(centring.stream.values)
                 graph.assign(centring.tensors)
                 centring.tensors, centring.done = {}, True
         graph.perform({"op": "replace", "path": match.subject, "module": change.layer.spec})

@@ -48,6 +48,7 @@ class _Rescale:
     clamp: str | None
     bound: Tensor
     dim: int
+    changed: set[fx.Node]
 
 
 class EqualizeRanges(Pass):
@@ -89,11 +90,12 @@ class EqualizeRanges(Pass):
         partners = tuple(name for name in plan.partners if name != match.subject)
         highest = float(graph.module_of(clamp).max_val) if clamp is not None else 0.0  # type: ignore[union-attr, arg-type]
         path = str(clamp.target) if clamp is not None else None
-        return replace(match, partners=partners, payload=_Rescale(tensors, path, highest / scale, axis))
+        return replace(match, partners=partners, payload=_Rescale(tensors, path, highest / scale, axis, plan.changed))
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Assign the new tensors, and give a ReLU6 between the layers a bound for each channel."""
         rescale: _Rescale = match.payload
+        graph.note_changed(rescale.changed)
         graph.assign(rescale.tensors)
         if rescale.clamp is not None:
             kwargs = {"channels": rescale.bound.numel(), "dim": rescale.dim}

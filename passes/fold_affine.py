@@ -38,6 +38,7 @@ class _Fold:
     edits: list[surgery.Edit] = field(default_factory=list)
     removed: list[fx.Node] = field(default_factory=list)
     pads: dict[str, Tensor] = field(default_factory=dict)
+    changed: frozenset[fx.Node] = frozenset()
 
 
 class FoldAffine(Pass):
@@ -71,12 +72,13 @@ class FoldAffine(Pass):
             return refused.refusal
         edits, values = pad_edits(plan, graph)
         left = _left_behind(gain, graph)
-        fold = _Fold(tensors | left.tensors, [*edits, *left.edits], left.removed, values)
+        fold = _Fold(tensors | left.tensors, [*edits, *left.edits], left.removed, values, frozenset(plan.changed))
         return replace(match, partners=plan.partners, payload=fold)
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Assign the new tensors, and drop what they took over."""
         fold: _Fold = match.payload
+        graph.note_changed(fold.changed)
         graph.assign(fold.tensors)
         for edit in fold.edits:
             graph.perform(edit)

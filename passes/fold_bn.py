@@ -39,6 +39,7 @@ class _Fold:
     tensors: dict[str, Tensor]
     edits: list[surgery.Edit]
     pads: dict[str, Tensor]
+    changed: set[fx.Node]
 
 
 class FoldBN(Pass):
@@ -63,13 +64,14 @@ class FoldBN(Pass):
         except Refused as refused:
             return refused.refusal
         pads, values = pad_edits(plan, graph)
-        fold = _Fold(norm, tensors | neutral, [*pads, *edits], values)
+        fold = _Fold(norm, tensors | neutral, [*pads, *edits], values, plan.changed)
         kept = _kept(norm, graph)
         return replace(match, partners=plan.partners, remains=kept is not None, kept=kept, payload=fold)
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Assign the new tensors and remove the norm."""
         fold: _Fold = match.payload
+        graph.note_changed(fold.changed)
         graph.assign(fold.tensors)
         for edit in fold.edits:
             graph.perform(edit)

@@ -21,7 +21,7 @@ LEVELS = (
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),
-    ("norms", "ranks", "constant_maps", "written_norms", "operations", "branches", "scopes", "gains"),
+    ("norms", "ranks", "constant_maps", "reach", "written_norms", "operations", "branches", "scopes", "gains"),
     ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
     ("pairs", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfuse.errors import DeployedModelError
+
 
 class ChannelPad(nn.Module):
     """Pad the trailing axes of ``(N, C, *)`` with one constant per channel.
@@ -35,6 +37,28 @@ class ChannelPad(nn.Module):
     def extra_repr(self) -> str:
         """Show the padding."""
         return f"padding={self.padding}, channels={self.value.numel()}"
+
+
+class NotReached:
+    """Stands in for the ``forward`` of a layer that no example reached and that could read a changed value.
+
+    Args:
+        name: Qualified name of the layer.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Raise, whatever the layer is called with.
+
+        Raises:
+            DeployedModelError: Always.
+        """
+        raise DeployedModelError(
+            f"{self.name} ran in no example that this model was folded with, and may be given values that the fold "
+            "changed: fold the source with example_inputs that run it, several if need be (normfuse.Examples)"
+        )
 
 
 class CallSites(nn.Module):
