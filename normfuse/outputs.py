@@ -94,6 +94,25 @@ def named_inputs(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
+def describe(model: nn.Module, inputs: Inputs) -> str:
+    """Return inputs for people: ``"x:1x3x224x224 float32"``."""
+    entries = specification(model, inputs)
+    return ", ".join(f"{entry['name']}:{'x'.join(map(str, entry['shape']))} {entry['dtype']}" for entry in entries)
+
+
+def specification(model: nn.Module, inputs: Inputs) -> list[dict[str, Any]]:
+    """Return name, shape and type of each tensor of the inputs, as JSON-ready values."""
+    try:
+        named: Any = named_inputs(model, inputs)
+    except (TypeError, ValueError):
+        named = inputs
+    tensors = [(name, leaf) for name, leaf in flatten(named) if isinstance(leaf, Tensor)]
+    return [
+        {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in tensors
+    ]
+
+
 def input_tensors(inputs: Any) -> Sequence[Tensor]:
     """Return the tensors among nested inputs, in order."""
     return [leaf for _, leaf in flatten(inputs) if isinstance(leaf, Tensor)]

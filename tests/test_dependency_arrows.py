@@ -27,7 +27,7 @@ LEVELS = (
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
     ("layer_quantization", "layer_ranges"),
     ("passes",),
-    ("pipeline", "comparison", "activations", "ranges", "rerun", "divergence", "verify"),
+    ("pipeline", "comparison", "activations", "ranges", "rerun", "divergence", "verify", "made_up_inputs"),
     ("formats", "allowed_globals", "architectures", "exported_program", "stand_ins", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
     ("api", "kernels", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),
@@ -38,7 +38,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SURFACE = {"api", "report", "errors", "verify", "formats", "serialize", "architectures", "lowering"}
 CLI_MAY = SURFACE | {"cli", "latency", "outputs", "rerun", "quantizing", "recalibrating", "swapping", "reconstruction"}
-CLI_MAY |= {"kernels"}
+CLI_MAY |= {"kernels", "made_up_inputs"}
 ONNX_GRAPHS = ("lowering.onnx_fold", "lowering.onnx_graph")  # about ONNX through and through, and loaded late
 OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "tensorrt_rtx", "timm", "torchvision"}
 OPTIONAL |= {"transformers", "matplotlib"}

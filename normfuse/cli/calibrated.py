@@ -53,8 +53,10 @@ def describe(loaded: source.Source, batches: list[Inputs], calib: Path, request:
     Raises:
         LoadError: The model does not run on the data.
     """
+    from normfuse import outputs
+
     example = inputs.Example(inputs.placed(batches[0], loaded.model, request.device), "--calib")
-    shapes = inputs.describe(loaded.model, example.inputs)
+    shapes = outputs.describe(loaded.model, example.inputs)
     problem = inputs.failure(loaded.model, example.inputs)
     if problem:
         raise LoadError(f"{calib}: the model does not run on {shapes}: {problem}")
@@ -93,9 +95,9 @@ def write(
     model: nn.Module, loaded: source.Source, batch: Inputs, target: Path, request: Request, word: str, out: Output
 ) -> None:
     """Write a model file that remembers what the model was run on."""
-    from normfuse import serialize
+    from normfuse import outputs, serialize
 
-    remember_inputs(model, inputs.specification(loaded.model, batch))
+    remember_inputs(model, outputs.specification(loaded.model, batch))
     with out.step("writing"):
         kwargs = dict(request.arch_kwargs) if loaded.arch else None
         serialize.save(model.cpu(), target, arch=loaded.arch, arch_kwargs=kwargs)

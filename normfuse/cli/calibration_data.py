@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.cli import inputs
+from normfuse.cli.inputs import read_arrays
 from normfuse.errors import LoadError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def read(path: Path, model: nn.Module, *, batch_size: int, limit: int) -> list[I
     """
     if path.is_dir():
         return _image_batches(path, model, batch_size, limit)
-    values = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else inputs.read_arrays(path)
+    values = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else read_arrays(path)
     return _cut(values, path, batch_size, limit)
 
 
@@ -72,12 +72,14 @@ def _cut(values: Any, path: Path, batch_size: int, limit: int) -> list[Inputs]:
 def _image_batches(folder: Path, model: nn.Module, batch_size: int, limit: int) -> list[Inputs]:
     import torch
 
+    from normfuse.made_up_inputs import setting
+
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)[:limit]
     if not files:
         raise LoadError(f"{folder}: there is no image in this folder")
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = tuple(inputs.setting(config, "input_size") or (3, 224, 224))
-    mean, std = (inputs.setting(config, key) or default for key, default in _IMAGENET.items())
+    size = tuple(setting(config, "input_size") or (3, 224, 224))
+    mean, std = (setting(config, key) or default for key, default in _IMAGENET.items())
     tensors = [_image(file, size, mean, std) for file in files]
     return [torch.stack(tensors[start : start + batch_size]) for start in range(0, len(tensors), batch_size)]
 

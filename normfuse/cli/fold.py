@@ -63,7 +63,7 @@ def _fold_model(
 ) -> None:
     loaded = source.load(request)
     example = source.example_for(loaded, request, out)
-    from normfuse import api, serialize
+    from normfuse import api, outputs, serialize
 
     with out.step("folding"):
         result = api.apply(loaded.model, api.EXACT_PASSES, example_inputs=example.inputs, **options)
@@ -73,7 +73,7 @@ def _fold_model(
     comparison = None if check.no_verify else compare(loaded.model, result.model, example, request, check, out)
     if comparison is not None:
         results.require_passed(comparison, "the folded model does not reproduce its source", out)
-    remember_inputs(result.model, inputs.specification(loaded.model, example.inputs))
+    remember_inputs(result.model, outputs.specification(loaded.model, example.inputs))
     with out.step("writing"):
         kwargs = dict(request.arch_kwargs) if loaded.arch else None
         serialize.save(result.model.cpu(), target, arch=loaded.arch, arch_kwargs=kwargs, verification=comparison)

@@ -7,7 +7,6 @@ assumption.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,9 @@ from normfuse.errors import CaptureError, LoadError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from normfuse.outputs import Inputs
-
-SIZES = (224, 32, 64, 128, 299, 28, 256, 512)
-LENGTHS = (224, 32, 64, 128, 299, 1024, 16000)
-VOLUMES = ((16, 112, 112), (32, 32, 32), (8, 64, 64), (16, 224, 224))
-TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,8 @@ def resolve(
     """
     import torch
 
+    from normfuse.outputs import describe
+
     torch.manual_seed(seed)
     tried: list[str] = []
     for example in _candidates(model, input_file, input_shapes, stored):
@@ -80,25 +76,16 @@ def _candidates(
     model: nn.Module, input_file: Path | None, shapes: Sequence[NamedShape], stored: Inputs | None
 ) -> Iterator[Example]:
     """Yield what to try; all but the last given one are assumptions."""
+    from normfuse.made_up_inputs import made_up_inputs, maker, parameters_of
+
     if input_file is not None:
         yield Example(read_arrays(input_file), "--input")
     elif shapes:
-        yield Example(from_shapes(shapes, list(_parameters(model)), _maker(model)), "--input-shape")
+        yield Example(from_shapes(shapes, list(parameters_of(model)), maker(model)), "--input-shape")
     elif stored is not None:
         yield Example(stored, "stored in the file")
     else:
-        for config in ("pretrained_cfg", "default_cfg"):
-            size = setting(getattr(model, config, None), "input_size")
-            if size:
-                yield Example(_normal(1, *size), f"the model's {config}", assumed=True)
-        if getattr(model, "example_input_array", None) is not None:
-            yield Example(model.example_input_array, "the model's example_input_array", assumed=True)  # type: ignore[arg-type]
-        yield from _guesses(model)
-
-
-def setting(config: Any, key: str) -> Any:
-    """Return an entry of a model's configuration, a dictionary or an object; None where there is none."""
-    return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+        yield from (Example(made.inputs, made.origin, assumed=True) for made in made_up_inputs(model))
 
 
 def read_arrays(path: Path) -> Inputs:
@@ -138,10 +125,12 @@ def from_shapes(shapes: Sequence[NamedShape], names: Sequence[str], make: Callab
 
 
 def from_specification(model: nn.Module, specification: Any) -> Inputs | None:
-    """Return inputs as a manifest describes them (see :func:`specification`); None if it does not, or wrongly."""
+    """Return inputs as :func:`normfuse.outputs.specification` describes them; None if it does not, or wrongly."""
     import torch
 
-    names, make, made = list(_parameters(model)), _maker(model), {}
+    from normfuse.made_up_inputs import maker, parameters_of
+
+    names, make, made = list(parameters_of(model)), maker(model), {}
     try:
         for entry in specification or ():
             made[entry["name"]] = make(tuple(entry["shape"])).to(getattr(torch, entry["dtype"]))
@@ -150,69 +139,6 @@ def from_specification(model: nn.Module, specification: Any) -> Inputs | None:
     if not made or not set(made) <= set(names):
         return None
     return tuple(made.values()) if list(made) == names[: len(made)] else made
-
-
-def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(model.forward).parameters
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: parameter for name, parameter in parameters.items() if parameter.kind not in kinds}
-
-
-def _maker(model: nn.Module) -> Callable[[tuple[int, ...]], Tensor]:
-    """Return what makes an input of a shape: numbers, or indices where an embedding comes first."""
-    layer = next(_first_layers(model), (None, None))[1]
-    if not hasattr(layer, "num_embeddings"):
-        return lambda shape: _normal(*shape)
-    return lambda shape: _indices(layer, *shape)
-
-
-def _normal(*shape: int) -> Tensor:
-    import torch
-
-    return torch.randn(*shape)
-
-
-def _indices(embedding: Any, *shape: int) -> Tensor:
-    import torch
-
-    return torch.randint(0, embedding.num_embeddings, shape)
-
-
-def _guesses(model: nn.Module) -> Iterator[Example]:
-    required = [p for p in _parameters(model).values() if p.default is inspect.Parameter.empty]
-    for name, layer in _first_layers(model):
-        origin = f"guessed from {name or 'the model'} ({type(layer).__name__})"
-        for tensor in _tensors_for(layer):
-            yield Example((tensor,) * max(1, len(required)), origin, assumed=True)
-            if tensor.dim() == 4:  # detectors take a list of images
-                yield Example(([tensor[0]],), origin, assumed=True)
-        return
-
-
-def _first_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers whose weights tell the shape of what they take, in the order in which they were defined."""
-    for name, module in model.named_modules():
-        if next(_tensors_for(module), None) is not None:
-            yield name, module
-
-
-def _tensors_for(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield inputs that a layer may take, the likeliest first."""
-    from torch import nn
-
-    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    if isinstance(layer, convolution):
-        spaces = {1: [(n,) for n in LENGTHS], 2: [(n, n) for n in SIZES], 3: VOLUMES}[len(layer.kernel_size)]
-        yield from (_normal(1, layer.in_channels, *space) for space in spaces)
-    elif isinstance(layer, nn.Linear):
-        yield _normal(1, layer.in_features)
-        yield _normal(1, TOKENS, layer.in_features)
-    elif isinstance(layer, nn.Embedding):
-        yield _indices(layer, 1, TOKENS)
-    elif isinstance(layer, nn.RNNBase):
-        yield _normal(1, TOKENS, layer.input_size)
-    elif isinstance(layer, nn.BatchNorm2d) and layer.num_features:
-        yield from (_normal(1, layer.num_features, n, n) for n in SIZES)
 
 
 def placed(inputs: Inputs, model: nn.Module, device: str) -> Inputs:
@@ -238,26 +164,3 @@ def failure(model: nn.Module, inputs: Inputs) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def describe(model: nn.Module, inputs: Inputs) -> str:
-    """Return inputs for people: ``"x:1x3x224x224 float32"``."""
-    entries = specification(model, inputs)
-    return ", ".join(f"{entry['name']}:{'x'.join(map(str, entry['shape']))} {entry['dtype']}" for entry in entries)
-
-
-def specification(model: nn.Module, inputs: Inputs) -> list[dict[str, Any]]:
-    """Return name, shape and type of each tensor of the inputs, as JSON-ready values."""
-    from torch import Tensor
-
-    from normfuse.outputs import flatten, named_inputs
-
-    try:
-        named: Any = named_inputs(model, inputs)
-    except TypeError:
-        named = inputs
-    tensors = [(name, leaf) for name, leaf in flatten(named) if isinstance(leaf, Tensor)]
-    return [
-        {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in tensors
-    ]

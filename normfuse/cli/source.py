@@ -48,13 +48,15 @@ class Source:
 
     def describe(self, example: inputs.Example) -> dict[str, Any]:
         """Return the ``model`` entry of the JSON document."""
+        from normfuse import outputs
+
         return {
             **file_entry(self.path),
             "name": self.name,
             "format": self.format,
             "arch": self.arch,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "inputs": inputs.specification(self.model, example.inputs),
+            "inputs": outputs.specification(self.model, example.inputs),
             "inputs_from": example.origin,
             "inputs_assumed": example.assumed,
         }
@@ -173,6 +175,8 @@ def _check_finite(source: Source) -> None:
 
 def example_for(source: Source, request: Request, out: Output) -> inputs.Example:
     """Return an input the model runs on, and say what was assumed."""
+    from normfuse import outputs
+
     with out.step("finding an example input"):
         example = inputs.resolve(
             source.model,
@@ -185,7 +189,7 @@ def example_for(source: Source, request: Request, out: Output) -> inputs.Example
     out.document["environment"] = environment(request.device)
     out.document["model"] = source.describe(example)
     count = out.document["model"]["parameters"]
-    shapes = inputs.describe(source.model, example.inputs)
+    shapes = outputs.describe(source.model, example.inputs)
     out.field("model", f"{source.name}  {_millions(count)} params  input {shapes}")
     if example.assumed:
         out.note(f"the input is an assumption ({example.origin}): --input-shape says otherwise")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.cli.arguments import NamedShape
-from normfuse.cli.inputs import Example, describe, from_specification, resolve, specification
+from normfuse.cli.inputs import Example, from_specification, resolve
 from normfuse.errors import CaptureError, LoadError
+from normfuse.outputs import describe, specification
 
 
 def example(model: nn.Module, **given) -> Example:
