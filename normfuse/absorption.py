@@ -1,6 +1,6 @@
 """The new values with which an absorber takes a map: see :mod:`normfuse.numerics` for the formulas.
 
-A layer without a bias gets one where its forward would add it; a layer with a forward of its own is tried.
+A layer without a bias gets one where that would be added; :mod:`normfuse.bias_trials` tries it where it is not plain.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normfuse import numerics
+from normfuse import bias_trials, numerics
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, function_name
+from normfuse.operations import describe
 
 
 def absorb_output(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[str, Tensor]:
@@ -72,9 +73,9 @@ def _channel_axis(absorber: Absorber, weight: Tensor, graph: ModelGraph) -> int:
         return 1 - weight.dim()
     if absorber.kind != "norm":
         return -1
-    node, module = absorber.args.get("node"), graph.module(absorber.name)
-    if node is not None:
-        return -1 if function_name(node) == "layer_norm" else 1
+    if absorber.call is not None:
+        return -1 if function_name(absorber.call) in ("layer_norm", "rms_norm") else 1
+    module = graph.module(absorber.owner)
     if isinstance(module, _InstanceNorm):
         return -module._get_no_batch_dim()
     return 1 if isinstance(module, _NormBase | nn.GroupNorm) else -1
@@ -112,23 +113,34 @@ def _with_bias(
 ) -> dict[str, Tensor]:
     if old is None and not bool((new != 0).any()):
         return {absorber.weight: weight}
-    if absorber.bias is None or (old is None and not _passes_bias(absorber, graph)):
-        raise Refused(Reason.NO_BIAS, f"the forward of {absorber.name} adds no bias", "give the layer a bias")
-    return {absorber.weight: weight, absorber.bias: new}
+    bias = absorber.bias if old is not None else _place_of_bias(absorber, graph)
+    if bias is None:
+        raise _without_bias(absorber, graph)
+    return {absorber.weight: weight, bias: new}
 
 
-def _passes_bias(absorber: Absorber, graph: ModelGraph) -> bool:
-    """Whether a bias assigned to the layer, which has none, would be added: true of a torch forward, else tried."""
-    module = graph.module(absorber.name)
-    if base_layer(module) is not None:
-        return True
-    if not isinstance(module, _ConvNd | nn.Linear) or module.bias is not None:
-        return False
-    return _bias_shows(module, _probe_shape(absorber, module, graph))
+def _without_bias(absorber: Absorber, graph: ModelGraph) -> Refused:
+    if absorber.call is None:
+        return Refused(Reason.NO_BIAS, f"{absorber.name} adds no bias")
+    text = f"{describe(absorber.call, graph).label} adds no bias to what it makes of {absorber.weight}"
+    return Refused(Reason.NO_BIAS, text, "let the call add one, of zeros")
+
+
+def _place_of_bias(absorber: Absorber, graph: ModelGraph) -> str | None:
+    """Return the name of the bias that would be added if the layer, which has none, had one.
+
+    That is true of a layer with a forward of torch; it is tried where a function is called, or the forward is its own.
+    """
+    if absorber.call is not None:
+        return bias_trials.place_of_bias(absorber.weight, graph)
+    module = graph.module(absorber.owner)
+    if base_layer(module) is None and isinstance(module, _ConvNd | nn.Linear):
+        return absorber.bias if _bias_shows(module, _probe_shape(absorber, module, graph)) else None
+    return absorber.bias
 
 
 def _probe_shape(absorber: Absorber, module: nn.Module, graph: ModelGraph) -> tuple[int, ...]:
-    calls = [graph.shape(call.inputs[0]) for call in graph.calls_of(absorber.name) if call.inputs]
+    calls = [graph.shape(call.inputs[0]) for call in graph.calls_of(absorber.owner) if call.inputs]
     if calls and calls[0] is not None:
         return calls[0]
     if isinstance(module, _ConvNd):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from normfuse import surgery
 from normfuse.holders import Holders
+from normfuse.named_tensors import own_tensors, tensor_aliases
 from normfuse.surgery import Edit, module_names
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -68,7 +69,7 @@ class ModelGraph:
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.names = module_names(self.root)
         self._modules = dict(self.root.named_modules())
-        self._aliases = _tensor_aliases(self.root)
+        self._aliases = tensor_aliases(self.root)
         self.hooked_calls = [call for call in self.calls if has_hooks(self.module(call.name))]
         self._uses = self._collect_uses()
         self._sites = self._collect_sites()
@@ -144,7 +145,7 @@ class ModelGraph:
         return self._aliases.get(name, (name,))
 
     def uses(self, name: str) -> list[fx.Node]:
-        """Return the nodes that read the tensor called ``name``, under whichever of its names."""
+        """Return the nodes that read the tensor called ``name``, under whichever of its names: see :meth:`readers`."""
         return self._uses.get(self.owners(name)[0], [])
 
     # values
@@ -155,6 +156,22 @@ class ModelGraph:
         A node that asks only for its shape (``y.reshape_as(x)``, ``zeros_like(x)``) does not read it.
         """
         return [user for user in node.users for _ in range(occurrences(user, node) - shape_reads(user, node))]
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return who reads a value, directly or through what is made of it and of constants alone.
+
+        A constant that no value of the graph is made of is a reader itself: the code of the model has asked for it.
+        """
+        found: list[fx.Node] = []
+        seen, left = {node}, [node]
+        while left:
+            for user in self.consumers(left.pop()):
+                if not (self.is_constant(user) and user.users):
+                    found.append(user)
+                elif user not in seen:
+                    seen.add(user)
+                    left.append(user)
+        return found
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """Return the shape a value had in the recorded run."""
@@ -171,14 +188,18 @@ class ModelGraph:
         return node.meta["constant"]
 
     def value(self, node: fx.Node) -> Tensor:
-        """Return the present value of a constant node."""
+        """Return the present value of a constant node; what makes it may write into a copy, never into the model."""
         if node.op == "get_attr":
             return self.tensor(str(node.target)).detach()
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.value)  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._copy_of)  # type: ignore[misc]
         with torch.no_grad():
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _copy_of(self, node: fx.Node) -> Any:
+        value: Any = self.value(node)
+        return value.clone() if isinstance(value, Tensor) else value
 
     # building the indexes
 
@@ -186,9 +207,9 @@ class ModelGraph:
         uses: dict[str, list[fx.Node]] = collections.defaultdict(list)
         for node in self.nodes:
             if node.op == "get_attr":
-                uses[self.owners(str(node.target))[0]].extend(self.consumers(node))
+                uses[self.owners(str(node.target))[0]].extend(self.readers(node))
             elif node.op == "call_module":
-                for name in _own_tensors(self.module(str(node.target)), str(node.target)):
+                for name in own_tensors(self.module(str(node.target)), str(node.target)):
                     uses[self.owners(name)[0]].append(node)
         return uses
 
@@ -248,27 +269,3 @@ def occurrences(user: fx.Node, node: fx.Node) -> int:
     found: list[fx.Node] = []
     fx.map_arg((user.args, dict(user.kwargs)), found.append)  # type: ignore[arg-type]
     return sum(n is node for n in found)
-
-
-def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(qualified name, tensor)`` for parameters, buffers and plain tensor attributes, ties repeated."""
-    for prefix, module in root.named_modules():
-        for name, tensor in _direct_tensors(module):
-            yield (f"{prefix}.{name}" if prefix else name), tensor
-
-
-def _direct_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    held = (module._parameters, module._buffers, vars(module))
-    return [(name, value) for table in held for name, value in table.items() if isinstance(value, Tensor)]
-
-
-def _own_tensors(module: nn.Module, prefix: str) -> Iterator[str]:
-    for name, _ in named_tensors(module):
-        yield f"{prefix}.{name}" if prefix else name
-
-
-def _tensor_aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
-    groups: dict[int, list[str]] = collections.defaultdict(list)
-    for name, tensor in named_tensors(root):
-        groups[id(tensor)].append(name)
-    return {name: tuple(group) for group in groups.values() for name in group}

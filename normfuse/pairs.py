@@ -157,7 +157,7 @@ def _require_keeping(plan: Plan, graph: ModelGraph) -> None:
 
 def _channels(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelGraph) -> tuple[int, ...]:
     """Return the norm's channels in the order in which a layer makes them, if every call of it says the same."""
-    module = graph.module(absorber.name) if absorber.kind in ("conv", "linear") else None
+    module = graph.module(absorber.owner) if absorber.kind in ("conv", "linear") else None
     if module is None or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{absorber.name} is not a convolution or linear layer")
     if base_layer(module) is None and not adapters.pads_same(module):

@@ -32,14 +32,14 @@ class DuplicateShared(Pass):
                 for absorber in _shared(plan, graph):
                     if absorber.weight not in seen:
                         seen.add(absorber.weight)
-                        yield Match(absorber.name, type(graph.module(absorber.name)).__name__, False, payload=absorber)
+                        yield Match(absorber.name, type(graph.module(absorber.owner)).__name__, False, payload=absorber)
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
         """Refuse a layer whose calls cannot be told apart by a module of their own."""
         absorber: Absorber = match.payload
         tied = len(graph.owners(absorber.weight)) > 1
-        if not tied and len(graph.call_sites(absorber.name)) < 2:
-            text = f"{absorber.name} is shared inside a forward that calls its function directly"
+        if not tied and set(graph.uses(absorber.weight)) != set(graph.call_sites(absorber.owner)):
+            text = f"{absorber.name} is shared by code that calls its function directly"
             return Refusal(Reason.SHARED_MODULE, text)
         try:
             if not tied:
@@ -56,10 +56,10 @@ class DuplicateShared(Pass):
             graph.perform({"op": "untie", "tensor": name})
         if len(owners) > 1:
             return
-        copies = len(graph.call_sites(absorber.name))
-        kwargs = {"module": {"ref": absorber.name}, "copies": copies}
+        copies = len(graph.call_sites(absorber.owner))
+        kwargs = {"module": {"ref": absorber.owner}, "copies": copies}
         spec = {"class": "normfuse.layers.deployed.CallSites", "kwargs": kwargs}
-        graph.perform({"op": "replace", "path": absorber.name, "module": spec})
+        graph.perform({"op": "replace", "path": absorber.owner, "module": spec})
         graph.perform({"op": "count_calls"})
 
 

@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
-    ("errors", "numerics", "adapters", "computed", "holders", "native", "structure"),
+    ("errors", "numerics", "adapters", "computed", "holders", "named_tensors", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),
     ("norms", "ranks", "constant_maps", "reach", "written_norms", "operations", "branches", "scopes", "gains"),
-    ("absorbers", "absorption", "gather", "passing", "joining", "rules", "legality", "routes"),
+    ("product_calls", "absorbers", "bias_trials", "absorption"),
+    ("gather", "passing", "joining", "rules", "legality", "routes"),
     ("pairs", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
     ("layer_quantization", "layer_ranges"),

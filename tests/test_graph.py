@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.capture import capture
-from normfuse.graph import ModelGraph, function_name, has_hooks, named_tensors, occurrences
+from normfuse.graph import ModelGraph, function_name, has_hooks, occurrences
+from normfuse.named_tensors import named_tensors
 from tests.zoo import ZOO, layers, sharing
 from tests.zoo.trap import image
 

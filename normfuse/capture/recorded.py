@@ -22,7 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.errors import CaptureError
-from normfuse.graph import Inputs, ModelGraph, ModuleCall, is_uninitialized, module_names, named_tensors
+from normfuse.graph import Inputs, ModelGraph, ModuleCall, is_uninitialized, module_names
+from normfuse.named_tensors import named_tensors
 from normfuse.outputs import arguments, copied, leaves
 
 _METADATA = frozenset(

@@ -23,7 +23,8 @@ from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.recorded import opaque, training_inside_eval
 from normfuse.errors import CaptureError
-from normfuse.graph import ModelGraph, ModuleCall, named_tensors
+from normfuse.graph import ModelGraph, ModuleCall
+from normfuse.named_tensors import named_tensors
 from normfuse.surgery import module_names
 
 

@@ -101,7 +101,7 @@ def test_every_kind_of_writer():
     model = noisy(Writers())
     result = check(model, (IDS, PICTURE), norms=3)
     first = result.report.applied[0]
-    assert set(first.partners) == {"words", "patches", "up", "attention.out_proj", "", "token", "place"}
+    assert set(first.partners) == {"words", "patches", "up", "attention.out_proj", "matrix", "token", "place"}
     assert all(not o.partners for o in result.report.applied[1:]), "the writers are named once"
     assert torch.equal(result.model.words.weight[0], model.words.weight[0] - model.words.weight[0].mean())
 
