@@ -16,6 +16,7 @@ from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
 from normfuse.holders import Holder
+from normfuse.operations import describe
 
 if TYPE_CHECKING:
     from normfuse.routes import Plan
@@ -76,12 +77,19 @@ def _require_own(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: Mod
         if len(graph.owners(name)) > 1:
             others = ", ".join(other for other in graph.owners(name) if other != name)
             raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}", _DUPLICATE)
-        readers = [node for node in graph.uses(name) if node not in calls and absorber.kind not in ("addend", "factor")]
-        if absorber.kind in ("addend", "factor") and len(graph.uses(name)) != 1:
-            readers = graph.uses(name)
+        uses = graph.uses(name)
+        constant = absorber.kind in ("addend", "factor")
+        readers = [node for node in uses if node not in calls] if not constant else uses[1:]
         if readers:
-            count = len(set(graph.uses(name)))
-            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called {count} times", _DUPLICATE)
+            raise _shared(name, absorber, readers, graph)
+
+
+def _shared(name: str, absorber: Absorber, readers: list[fx.Node], graph: ModelGraph) -> Refused:
+    """Return the refusal of a tensor that code outside of the plan reads."""
+    sites = set(graph.call_sites(absorber.owner))
+    if sites.issuperset(graph.uses(name)):
+        return Refused(Reason.SHARED_MODULE, f"{absorber.name} is called {len(sites)} times", _DUPLICATE)
+    return Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {describe(readers[0], graph).label}")
 
 
 def require_plain(absorber: Absorber, graph: ModelGraph) -> None:

@@ -10,8 +10,8 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "Pass `duplicate_shared=True` (`--duplicate-shared`): each call gets weights of its own.",
     ),
     Reason.SHARED_PARAMETER: (
-        "A weight that would absorb the norm belongs to more than one module (tied weights).",
-        "Pass `duplicate_shared=True`, which unties it.",
+        "A weight that would absorb the norm belongs to more than one module (tied weights), or other code reads it.",
+        "Pass `duplicate_shared=True`, which unties a tied one.",
     ),
     Reason.EXTRA_CONSUMER: (
         "The value the norm reads is also read elsewhere, or is an output of the model, so it must not change.",
