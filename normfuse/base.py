@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from normfuse.errors import shown
+
 if TYPE_CHECKING:
     from normfuse.graph import ModelGraph
 
@@ -71,7 +73,7 @@ class Refusal:
 
     def __str__(self) -> str:
         hint = f" ({self.hint})" if self.hint else ""
-        return f"{self.reason.value}: {self.detail}{hint}"
+        return shown(f"{self.reason.value}: {self.detail}{hint}")
 
 
 class Refused(Exception):  # noqa: N818 - control flow inside a check, never shown to the user

@@ -12,8 +12,17 @@ if TYPE_CHECKING:
     from normfuse.verify import Comparison
 
 
+def shown(text: str) -> str:
+    r"""Return a text with everything that a terminal could obey written out: ``\x1b`` in place of an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class NormfuseError(Exception):
-    """Base of every error that the user can act on."""
+    """Base of every error that the user can act on; its text is one line, whatever names it quotes."""
+
+    def __str__(self) -> str:
+        """Return the text, safe to print: names in it may come from a file."""
+        return shown(super().__str__())
 
 
 class CaptureError(NormfuseError):

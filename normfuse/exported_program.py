@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
 from normfuse.errors import DeployedModelError, LoadError
+from normfuse.unpickle import unpickle_stream
 
 MODEL, SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 WEIGHTS, CONSTANTS = "data/weights/", "data/constants/"
@@ -160,7 +161,7 @@ def _payloads(config: Any, folder: str) -> list[str]:
 def _sample_inputs(data: bytes) -> bytes:
     """Return the stored inputs if they are plain tensors and containers; they are not needed to run the program."""
     try:
-        loaded = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        loaded = unpickle_stream(io.BytesIO(data), "its sample inputs")
     except Exception:  # a hostile pickle can raise anything; it was not executed
         return b""
     return data if isinstance(loaded, (tuple, dict)) else b""

@@ -36,6 +36,8 @@ from normfuse.errors import LoadError
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 """LONG1 opcode with torch's magic number, then STOP; the two bytes before it name the pickle protocol."""
 
+FRAME = b"\x95"
+
 LEGACY_PICKLES = 5
 """A legacy file is magic number, protocol version, system information, the object, storage keys; then raw storages."""
 
@@ -95,7 +97,7 @@ def sniff_stream(file: IO[bytes]) -> Format:
 
 
 def _sniff(file: IO[bytes], size: int) -> Format:
-    head = file.read(16)
+    head = file.read(32)
     file.seek(0)
     if not head:
         return Format.EMPTY
@@ -130,7 +132,8 @@ def _sniff_archive(archive: zipfile.ZipFile) -> Format:
 
 
 def _sniff_pickle(file: IO[bytes], head: bytes) -> Format:
-    legacy = head[2:].startswith(LEGACY_MAGIC)
+    unframed = head[11:] if head[2:3] == FRAME else head[2:]  # protocol 4 writes how long it is
+    legacy = unframed.startswith(LEGACY_MAGIC)
     try:
         legacy_globals(file) if legacy else pickle_globals(file)
     except ValueError:
@@ -154,7 +157,7 @@ def pickle_globals(file: IO[bytes]) -> set[str]:
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
-            found.add(_python3_name(str(argument).replace(" ", ".", 1)))
+            found.add(python3_name(str(argument).replace(" ", ".", 1)))
         elif opcode.name == "STACK_GLOBAL":
             found.add(".".join(strings[-2:]))
         elif isinstance(argument, str):
@@ -167,8 +170,11 @@ def legacy_globals(file: IO[bytes]) -> set[str]:
     return set().union(*(pickle_globals(file) for _ in range(LEGACY_PICKLES)))
 
 
-def _python3_name(name: str) -> str:
-    return name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
+def python3_name(name: str) -> str:
+    """Return the present name of what a pickle of Python 2 names."""
+    for old, new in (("__builtin__.", "builtins."), ("copy_reg.", "copyreg.")):
+        name = new + name.removeprefix(old) if name.startswith(old) else name
+    return name
 
 
 def _sniff_safetensors(file: IO[bytes], size: int) -> Format | None:

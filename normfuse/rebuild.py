@@ -22,6 +22,7 @@ from normfuse import architectures, deploy, surgery
 from normfuse.errors import LoadError
 from normfuse.formats import Format
 from normfuse.manifest import SCHEMA_VERSION
+from normfuse.names import require_plain
 from normfuse.saving import MODULE_KEY
 from normfuse.state_dicts import StateDict, fit, load_strictly, strip_prefixes
 from normfuse.unpickle import unpickle_stream
@@ -99,6 +100,8 @@ def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> Lo
     """
     pickled = state.get(MODULE_KEY)
     state = {key: value for key, value in state.items() if key != MODULE_KEY}
+    for key in state:
+        require_plain(key, f"a tensor in {request.path}", LoadError)
     if manifest is None:
         model = _unfolded(None, request)
         load_strictly(model, strip_prefixes(state, model.state_dict().keys(), request.notes), request.path)
@@ -141,8 +144,7 @@ def _arch_of(manifest: Manifest, request: Request) -> None:
             "package.module:factory (in python: arch=, or model= with an unfolded model)"
         )
     name, kwargs = str(arch["name"]), {**arch["kwargs"], **request.arch_kwargs}
-    trusted = request.trust_pickle or name.replace(":", ".") in request.allow_globals
-    if not trusted and not architectures.is_harmless(name, arch["kwargs"]):
+    if not request.trust_pickle and not architectures.is_harmless(name, arch["kwargs"]):
         raise LoadError(
             f"{request.path} was saved from {name}; building it runs that code, so it is not done at the word of a "
             f"file: if that is what you expect, pass --arch {name}"

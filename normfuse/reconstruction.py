@@ -29,6 +29,7 @@ from normfuse.capture import eval_mode, unwrap
 from normfuse.layers.second_moment import SecondMomentNorm
 from normfuse.norm_forms import as_tokens
 from normfuse.progress import tracked
+from normfuse.unpickle import unpickle
 
 M = TypeVar("M", bound=nn.Module)
 _SAVE_EVERY = 50  # steps
@@ -107,7 +108,7 @@ class _Checkpoint:
     def load(self) -> None:
         if self.path is None or not Path(self.path).exists():
             return
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = unpickle(self.path)
         if not isinstance(state, dict) or state.get("plan") != self.plan:
             raise ValueError(f"{self.path} is the checkpoint of another fit: remove it, or name another file")
         self.state = state

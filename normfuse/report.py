@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normfuse.base import Refusal
+from normfuse.errors import shown
 
 SCHEMA_VERSION = 1
 _OF_LAYERS = {"quantize", "shiftquant", "shiftquant-off"}  # passes about other layers than norms
@@ -83,7 +84,7 @@ class Outcome:
         partners = ", ".join(self.partners[:_SHOWN]) + (f" and {len(self.partners) - _SHOWN} more" if more else "")
         what = f"{partners} <- {self.subject}" if self.partners else self.subject
         why = _verb(self) if self.remains or (self.pass_name, False) in _VERBS else ""
-        return self.status.value, what, str(self.refusal) if self.refusal else why
+        return self.status.value, shown(what), str(self.refusal) if self.refusal else why
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class Report:
         rows = [outcome.line() for outcome in self.outcomes]
         width = max((len(row[1]) for row in rows), default=0)
         lines = [f"  {status:<11}  {what:<{min(width, 60)}}  {why}".rstrip() for status, what, why in rows]
-        return "\n".join([self.summary(), *lines, *(f"  note: {note}" for note in self.notes)])
+        return "\n".join([self.summary(), *lines, *(f"  note: {shown(note)}" for note in self.notes)])
 
 
 def _verb(outcome: Outcome) -> str:

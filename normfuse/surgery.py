@@ -16,7 +16,7 @@ import collections
 import copy as copying
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from normfuse import computed
 from normfuse.holders import Holders
+from normfuse.names import require_plain
 
 Spec = Mapping[str, Any]
 Edit = dict[str, Any]
@@ -113,9 +114,12 @@ def perform(root: nn.Module, edit: Edit, holders: Holders | None = None) -> None
 
     Raises:
         ValueError: The edit is of a kind, or builds a class, that is not known.
+        NormfuseError: A name in it is not plain.
     """
     if edit.get("op") not in _EDITS:
         raise ValueError(f"unknown edit {edit.get('op')!r}")
+    for name in _names_in(edit):
+        require_plain(name, "a part that an edit is about")
     if "path" not in edit:
         _EDITS[edit["op"]](root, edit)
         return
@@ -125,6 +129,20 @@ def perform(root: nn.Module, edit: Edit, holders: Holders | None = None) -> None
     new = root.get_submodule(edit["path"])
     if new is not old:
         holders.replace(old, new)
+
+
+def _names_in(edit: Any) -> Iterator[Any]:
+    """Yield what an edit, which may come from a file, calls parts of the model, old and new."""
+    if isinstance(edit, (list, tuple)):
+        for item in edit:
+            yield from _names_in(item)
+    elif isinstance(edit, Mapping):
+        for key, value in edit.items():
+            if key in ("path", "tensor", "to", "ref"):
+                yield value
+            elif key in ("tensors", "attributes") and isinstance(value, Mapping):
+                yield from value
+            yield from _names_in(value)
 
 
 def replay(root: nn.Module, edits: Iterable[Edit]) -> None:

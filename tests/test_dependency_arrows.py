@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
-    ("errors", "numerics", "adapters", "computed", "holders", "named_tensors", "native", "structure"),
+    ("errors", "names", "numerics", "adapters", "computed", "holders", "named_tensors", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),
@@ -29,7 +29,7 @@ LEVELS = (
     ("layer_quantization", "layer_ranges"),
     ("passes",),
     ("pipeline", "comparison", "activations", "ranges", "rerun", "divergence", "verify", "made_up_inputs"),
-    ("formats", "allowed_globals", "architectures", "exported_program", "stand_ins", "state_dicts", "unpickle"),
+    ("formats", "architectures", "exported_program", "pickles", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
     ("api", "kernels", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),
     ("latency",),
@@ -39,7 +39,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SURFACE = {"api", "report", "errors", "verify", "formats", "serialize", "architectures", "lowering"}
 CLI_MAY = SURFACE | {"cli", "latency", "outputs", "rerun", "quantizing", "recalibrating", "swapping", "reconstruction"}
-CLI_MAY |= {"kernels", "made_up_inputs"}
+CLI_MAY |= {"kernels", "made_up_inputs", "unpickle"}
 ONNX_GRAPHS = ("lowering.onnx_fold", "lowering.onnx_graph")  # about ONNX through and through, and loaded late
 OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "tensorrt_rtx", "timm", "torchvision"}
 OPTIONAL |= {"transformers", "matplotlib"}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.allowed_globals import HELPERS, resolve
 from normfuse.errors import LoadError
+from normfuse.pickles.allowed import ENUMS, FUNCTIONS, RECORDS, Allowed, Kind
+from normfuse.pickles.objects import Uncallable
 from normfuse.serialize import read
-from normfuse.stand_ins import PartialRecord
 from normfuse.unpickle import unpickle
 
 
@@ -133,8 +133,8 @@ def test_partial_of_a_foreign_class_stays_inert(tmp_path: Path) -> None:
     module = nn.ReLU()
     vars(module)["make"] = functools.partial(Net)
     loaded = unpickle(saved(module, tmp_path / "x.pt"), allow_globals=[f"{Net.__module__}.Net"])
-    assert isinstance(loaded.make, PartialRecord)
-    with pytest.raises(LoadError, match="partial"):
+    assert isinstance(loaded.make, Uncallable)
+    with pytest.raises(LoadError, match="--trust-pickle"):
         loaded.make()
 
 
@@ -159,13 +159,13 @@ def test_partial_of_a_foreign_class_stays_inert(tmp_path: Path) -> None:
         ("torch.nn.modules.__builtins__.eval", False),
     ],
 )
-def test_resolve(name: str, allowed: bool) -> None:
-    assert (resolve(name) is not None) is allowed
+def test_names_that_are_listed(name: str, allowed: bool) -> None:
+    assert (Allowed().kind(name) not in (None, Kind.PARTIAL)) is allowed
 
 
 def test_only_classes_and_pure_helpers_are_listed() -> None:
-    heads = {name.partition(".")[0] for name in HELPERS}
-    assert heads == {"torch", "torchvision", "timm", "normfuse", "argparse"}
+    heads = {name.partition(".")[0] for name in FUNCTIONS | RECORDS | ENUMS}
+    assert heads == {"torch", "torchvision", "timm", "transformers", "normfuse", "argparse"}
 
 
 def test_refusal_names_the_classes_and_the_ways_out(tmp_path: Path) -> None:
@@ -277,11 +277,16 @@ def test_torchvision_keeps_the_class_it_refers_to(tmp_path: Path) -> None:
     assert unpickle(saved(models.resnet18(), tmp_path / "x.pt"))._norm_layer is nn.BatchNorm2d
 
 
-def test_legacy_module_says_what_to_do(tmp_path: Path) -> None:
-    path = saved(nn.Linear(2, 2), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(LoadError, match="legacy file format"):
-        unpickle(path)
-    assert isinstance(unpickle(path, trust_pickle=True), nn.Linear)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_legacy_module(protocol: int, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(2, 2))
+    module[2].weight = nn.Parameter(module[0].weight.detach().flatten()[3:7].view(2, 2))  # memory of another tensor
+    path = saved(module, tmp_path / "x.pt", _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    loaded = unpickle(path)
+    assert isinstance(loaded, nn.Sequential)
+    for key, value in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert loaded[2].weight.data_ptr() == loaded[0].weight.data_ptr() + 3 * 4
 
 
 @pytest.mark.parametrize("junk", [b"\x80\x02c", b"\x80\x02}.", b"", pickle.dumps({"a": len}, protocol=4)])

@@ -16,7 +16,9 @@ from torch.nn import Module
 from normfuse.capture.modes import eval_mode, unwrap
 from normfuse.capture.recorded import record
 from normfuse.capture.symbolic import trace
+from normfuse.errors import CaptureError
 from normfuse.graph import Inputs, ModelGraph
+from normfuse.names import require_plain_names
 
 __all__ = ["capture", "eval_mode", "record", "trace", "unwrap"]
 
@@ -33,7 +35,8 @@ def capture(model: Module, example_inputs: Inputs | None = None) -> ModelGraph:
         The graph. It is partial where only parts of the model could be traced.
 
     Raises:
-        CaptureError: The model did not run on the inputs, or no part of it could be traced.
+        CaptureError: The model did not run on the inputs, no part of it could be traced, or a name in it is not plain.
     """
     model = unwrap(model)
+    require_plain_names(model, "the model", CaptureError)
     return trace(model) if example_inputs is None else record(model, example_inputs)

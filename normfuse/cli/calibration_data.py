@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +38,9 @@ def read(path: Path, model: nn.Module, *, batch_size: int, limit: int) -> list[I
 
 
 def _read_torch(path: Path) -> Any:
-    import torch
+    from normfuse.unpickle import unpickle
 
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise LoadError(f"{path}: not a torch file of tensors ({str(error).strip().splitlines()[0]})") from error
+    loaded = unpickle(path)
     return tuple(loaded) if isinstance(loaded, list) else loaded
 
 

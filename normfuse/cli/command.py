@@ -81,8 +81,16 @@ class Failure(click.ClickException):
     """An error with an exit code of its own."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(errors.shown(message))
         vars(self)["exit_code"] = exit_code  # click has one code for each class
+
+
+class _Formatter(logging.Formatter):
+    """Writes each line so that a terminal obeys nothing in it: names may come from a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; the trace of an exception is kept as it is, line by line."""
+        return "\n".join(map(errors.shown, super().format(record).splitlines()))
 
 
 @contextlib.contextmanager
@@ -90,7 +98,7 @@ def _logging(verbose: int, quiet: bool) -> Iterator[None]:
     """Send the library's log to standard error for the time of a command."""
     logger = logging.getLogger("normfuse")
     handler, level = logging.StreamHandler(sys.stderr), logger.level
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else levels[min(verbose, 2)])

@@ -14,6 +14,7 @@ from typing import IO, Any
 import click
 
 import normfuse
+from normfuse.errors import shown
 
 SCHEMA_VERSION = 1
 WIDTH = 1000
@@ -66,7 +67,8 @@ class Output:
 
         table = Table.grid(padding=(0, 2), pad_edge=False)
         for first, *rest in rows:
-            table.add_row(Text(first, style=STYLES.get(first.strip(), style)), *(Text(cell) for cell in rest))
+            cells = (Text(shown(cell)) for cell in rest)  # names in it may come from a file
+            table.add_row(Text(shown(first), style=STYLES.get(first.strip(), style)), *cells)
         self._print(table)
 
     def field(self, label: str, text: str) -> None:
@@ -98,9 +100,10 @@ class Output:
             yield
             return
         from rich.console import Console
+        from rich.text import Text
 
         try:
-            with Console(stderr=True, no_color=self.no_color).status(what) as self._status:
+            with Console(stderr=True, no_color=self.no_color).status(Text(shown(what))) as self._status:
                 yield
         finally:
             self._status = None

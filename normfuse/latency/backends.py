@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfuse.errors import LoweringError, MissingDependencyError
 from normfuse.graph import Inputs
+from normfuse.names import require_plain_names
 from normfuse.outputs import arguments, named_inputs
 
 
@@ -55,6 +56,7 @@ def compiled(model: nn.Module, inputs: Inputs, folder: Path, *, keep_norms: bool
     """Run the model by ``torch.compile``, in one graph or, where it breaks, several."""
     from torch._inductor import metrics
 
+    require_plain_names(model, "the model", LoweringError)  # the compiler pastes them into code
     torch.compiler.reset()
     before = metrics.generated_kernel_count
     module = cast(nn.Module, torch.compile(model, dynamic=False))

@@ -12,11 +12,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from normfuse.errors import LoadError
 
 SCHEMA_VERSION = 1
+Package = Literal["tensorrt_rtx", "tensorrt"]
+"""What a description may say that it was built by: the package is imported to open the engine."""
+
 AMPERE = 80  # tensorrt_rtx builds for this and later where no target is given
 
 
@@ -116,6 +119,8 @@ def read_sidecar(engine: str | os.PathLike[str]) -> Sidecar:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema_version"] != SCHEMA_VERSION:
             raise LoadError(f"{path}: its schema is version {document['schema_version']}, this reads {SCHEMA_VERSION}")
+        if document["tensorrt"]["package"] not in get_args(Package):
+            raise LoadError(f"{path}: names a package that builds no engines; rebuild the engine")
         return Sidecar(**document)
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path}: not the description of an engine ({error}): rebuild the engine") from error

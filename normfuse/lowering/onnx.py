@@ -32,6 +32,7 @@ from normfuse.lowering import graphs, onnx_functions, onnx_mends, onnx_qdq, onnx
 from normfuse.lowering.axes import Axes, DynamicAxes, dynamic_shapes, parse_axes, require_dynamic
 from normfuse.lowering.precision import Numbers, Placement, Precision, cast, require_weights_in_range
 from normfuse.lowering.staging import staged
+from normfuse.names import require_plain_names
 from normfuse.outputs import arguments, named_inputs
 
 EXTERNAL_DATA_BYTES = 2**31 - 2**24  # a protobuf file ends at 2 GiB; some room for the graph
@@ -97,6 +98,7 @@ def export_onnx(
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     _require()
+    require_plain_names(model, "the model", LoweringError)  # the exporter pastes them into code
     numbers = precision if isinstance(precision, Numbers) else Numbers(precision)
     twin = rerun.duplicate(model)
     require_weights_in_range(twin, numbers)

@@ -18,16 +18,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from normfuse import __version__
 from normfuse.errors import LoweringError, MissingDependencyError
 from normfuse.lowering import engine_errors, engine_norms, graphs
-from normfuse.lowering.engine_sidecar import Sidecar, sha256, sidecar_path
+from normfuse.lowering.engine_sidecar import Package, Sidecar, sha256, sidecar_path
 from normfuse.lowering.profiles import Profile, ShapeRequest
 from normfuse.lowering.staging import staged
 
-Package = Literal["tensorrt_rtx", "tensorrt"]
 SCRIPT = Path(__file__).with_name("tensorrt_build.py")
 
 
