@@ -127,11 +127,10 @@ class _Reader(pickle.Unpickler):
 def _view(view: Any) -> tuple[str, int, int] | None:
     if view is None:
         return None
-    parts: tuple[Any, ...] = tuple(view) if isinstance(view, (tuple, list)) else ()
-    key, offset, count = (*parts, None, None, None)[:3]
-    if not (type(offset) is int and type(count) is int and offset >= 0 and count >= 0):
+    numbers = view[1:] if isinstance(view, tuple) and len(view) == 3 else ()
+    if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
         raise pickle.UnpicklingError("a damaged view of a storage")
-    return str(key), offset, count
+    return str(view[0]), numbers[0], numbers[1]
 
 
 def read_inert(file: IO[bytes]) -> Any:
