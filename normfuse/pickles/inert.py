@@ -112,16 +112,15 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         """Return the reference to a storage, or the class that an old file saved together with its source."""
-        kind = pid[0] if isinstance(pid, tuple) and pid else None
-        if kind in ("module", b"module") and len(pid) > 1:
-            return pid[1]
-        if kind not in ("storage", b"storage") or len(pid) not in (5, 6):
+        kind, *rest = pid if isinstance(pid, tuple) and pid else (None,)
+        if kind in ("module", b"module") and rest:
+            return rest[0]
+        if kind not in ("storage", b"storage") or len(rest) not in (4, 5):
             raise pickle.UnpicklingError("a persistent id that torch does not write")
-        storage, key, _, count = pid[1:5]
-        view = pid[5] if len(pid) == 6 else None
-        if not (isinstance(storage, type) and issubclass(storage, Inert) and type(count) is int and count >= 0):
+        storage, key, _, count, *view = rest
+        if not (is_global(storage) and type(count) is int and count >= 0):
             raise pickle.UnpicklingError("a damaged reference to a storage")
-        return StorageReference(storage.path, str(key), count, _view(view))
+        return StorageReference(storage.path, str(key), count, _view(view[0] if view else None))
 
 
 def _view(view: Any) -> tuple[str, int, int] | None:
