@@ -131,9 +131,21 @@ def _require_fixed(subject: str, site: _Parametrized, graph: ModelGraph) -> None
     except Exception as error:
         text = f"{subject} cannot be computed: {type(error).__name__}: {error}"
         raise Refused(Reason.PARAMETRIZED, text.splitlines()[0]) from error
-    hooked = not nn.utils.parametrize.is_parametrized(graph.module(site.module), site.tensor)
-    if not hooked and not torch.equal(before.nan_to_num(), getattr(trial, site.tensor).nan_to_num()):
+    if torch.equal(before.nan_to_num(), getattr(trial, site.tensor).nan_to_num()):
+        return
+    if nn.utils.parametrize.is_parametrized(graph.module(site.module), site.tensor):
         raise Refused(Reason.PARAMETRIZED, f"{subject} has another value at each call, also in eval mode")
+    _require_hook_to_run(subject, site, graph)
+
+
+def _require_hook_to_run(subject: str, site: _Parametrized, graph: ModelGraph) -> None:
+    """Refuse a tensor that a hook has not brought up to date, where something reads it without a call of its module."""
+    _require_whole(graph)
+    for node in graph.uses(subject):
+        scopes = {call.name for call in node.meta.get("scope", ())} | {str(node.target)}
+        if site.module not in scopes:
+            text = f"{node.name} reads {subject} without a call of {site.module}, which would compute it first"
+            raise Refused(Reason.PARAMETRIZED, text, "torch.nn.utils.parametrizations compute it at every read")
 
 
 # what a layer computes in its forward
@@ -215,11 +227,15 @@ def _spread(value: Any, count: int) -> Any:
     return (value,) * count if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _require_own_readers(name: str, graph: ModelGraph) -> None:
-    """Refuse a tensor that anything but the layers it belongs to reads."""
+def _require_whole(graph: ModelGraph) -> None:
     if graph.partial:
         text = "only parts of the model could be traced, other readers may be unseen"
         raise Refused(Reason.PARTIAL_CAPTURE, text, "pass example_inputs")
+
+
+def _require_own_readers(name: str, graph: ModelGraph) -> None:
+    """Refuse a tensor that anything but the layers it belongs to reads."""
+    _require_whole(graph)
     owners = {owner.rpartition(".")[0] for owner in graph.owners(name)}
     for node in graph.uses(name):
         scopes = {call.name for call in node.meta.get("scope", ())} | {str(node.target)}

@@ -316,6 +316,56 @@ def test_refuses_a_weight_that_others_read():
     assert refusal_of(Reader()).reason is normfuse.Reason.SHARED_PARAMETER
 
 
+class WithoutCall(nn.Module):
+    """Computes with the weight of a layer whose hook, which would compute it, does not run."""
+
+    def __init__(self, read: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.read, self.layer, self.bn = read, layer, nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.read(self.layer, x))
+
+
+READS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "function": lambda layer, x: nn.functional.conv2d(x, layer.weight, layer.bias),
+    "forward": lambda layer, x: layer.forward(x),
+    "after a call": lambda layer, x: layer(x) + nn.functional.conv2d(x, layer.weight * 2, layer.bias),
+}
+HOOKS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "spectral norm": spectral_norm,
+    "weight norm": old_weight_norm,
+    "pruning": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("read", ["function", "forward"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_weight_that_is_read_where_its_hook_does_not_run(hook: str, read: str):
+    """What a hook assigns is as old as the last call of its layer; the source computes with that."""
+    model = randomised(WithoutCall(READS[read], HOOKS[hook](nn.Conv2d(4, 6, 3))))
+    model.layer.weight = model.layer.weight.detach().double()  # of float32, before the parameters changed
+    for x in (X, None):
+        result = normfuse.apply(copy.deepcopy(model), normfuse.api.EXACT_PASSES, example_inputs=x)
+        assert_same(copy.deepcopy(model), result.model)
+    refusal = only(materialized(copy.deepcopy(model)), "layer.weight").refusal
+    assert refusal is not None
+    assert "without a call of layer, which would compute it first" in refusal.detail
+    assert refusal.reason is normfuse.Reason.PARAMETRIZED
+
+
+@pytest.mark.parametrize("read", ["function", "after a call"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_weight_that_its_hook_has_brought_up_to_date(hook: str, read: str):
+    """Who reads it reads the value of the last call, which is the same in eval mode."""
+    model = randomised(WithoutCall(READS[read], HOOKS[hook](nn.Conv2d(4, 6, 3))))
+    model.layer(X)
+    model.layer.weight = model.layer.weight.detach()
+    result = materialized(model)
+    assert only(result, "layer.weight").status is Status.APPLIED
+    assert_same(model, result.model)
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
