@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RequirementError,
         VerificationError,
     )
+    from normfuse.examples import Examples
     from normfuse.kernels import build_kernels
     from normfuse.parameters import parameter_groups
     from normfuse.pipeline import Result
@@ -47,6 +48,7 @@ __all__ = [
     "Comparison",
     "Compiled",
     "DeployedModelError",
+    "Examples",
     "LoadError",
     "LoweringError",
     "MissingDependencyError",
@@ -94,6 +96,7 @@ _NAMES = {
         "RequirementError",
         "VerificationError",
     ),
+    "examples": ("Examples",),
     "kernels": ("build_kernels",),
     "parameters": ("parameter_groups",),
     "pipeline": ("Result",),

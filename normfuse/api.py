@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from normfuse.base import Pass
-from normfuse.capture import unwrap
+from normfuse.capture import understood, unwrap
 from normfuse.errors import VerificationError
-from normfuse.graph import Inputs
+from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.order import Step, is_folded, is_quantized, require
 from normfuse.passes import PASSES
 from normfuse.pipeline import Result, Selection, run
@@ -37,7 +37,7 @@ _log = logging.getLogger("normfuse")
 def fold(
     model: M,
     *,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Examples | None = None,
     inplace: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -52,7 +52,10 @@ def fold(
     Args:
         model: Any module. It is not changed unless ``inplace``; wrappers such as DDP are looked through.
         example_inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments. With it, one run of
-            the model is followed, which reads any model and knows every shape; without, the model is traced.
+            the model is followed, which reads any model and knows every shape; without, the model is traced. Several
+            such calls, as :class:`normfuse.Examples` or as a list that holds a tuple, are followed one after the other:
+            the result is right in all of them. A part that none of them runs raises :class:`DeployedModelError` in the
+            result, if it could be given a value that the fold changed.
         inplace: Edit ``model`` itself.
         include: Globs of qualified names; only these layers are touched. All, if empty.
         exclude: Globs of qualified names of layers to leave alone.
@@ -74,7 +77,7 @@ def fold(
 def fold_bn(
     model: M,
     *,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Examples | None = None,
     inplace: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -92,7 +95,7 @@ def inspect(
     model: nn.Module,
     passes: Sequence[str | Pass] = ("fold-bn",),
     *,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Examples | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     duplicate_shared: bool = False,
@@ -104,6 +107,7 @@ def inspect(
     Raises:
         CaptureError: As for :func:`fold`.
     """
+    example_inputs = understood(model, example_inputs)
     return _run(model, passes, example_inputs, False, include, exclude, duplicate_shared).report
 
 
@@ -111,7 +115,7 @@ def apply(
     model: M,
     passes: Sequence[str | Pass],
     *,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Examples | None = None,
     inplace: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -137,6 +141,7 @@ def apply(
     """
     if tolerance is not None and (example_inputs is None or inplace):
         raise ValueError("a tolerance needs example_inputs, and inplace=False to have something to compare with")
+    example_inputs = understood(model, example_inputs)
     result = _run(model, passes, example_inputs, inplace, include, exclude, duplicate_shared)
     _tell(result.report)
     if tolerance is not None and example_inputs is not None:
@@ -150,7 +155,7 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    example_inputs: Inputs,
+    example_inputs: Inputs | Examples,
     fold_bn: bool = True,
     dynamic_axes: DynamicAxes | None = None,
     opset: int | None = None,
@@ -167,7 +172,7 @@ def export(
     Args:
         model: Any module; it is not changed. A folded model is written as it is.
         path: Where to write: ``.onnx``, or ``.engine`` for TensorRT.
-        example_inputs: As for :func:`fold`.
+        example_inputs: As for :func:`fold`; of several, the first is what the file is written and verified with.
         fold_bn: Whether to run every exact pass first. Without it, the file keeps its BatchNormalization nodes.
         dynamic_axes: Axes of any size, by input: see :func:`normfuse.lowering.onnx.export_onnx`.
         opset: The version of the ONNX operators; one that suits the runtime, if None.
@@ -197,7 +202,7 @@ def export(
 
     placement = qdq or ("tensorrt" if Path(path).suffix.lower() == ".engine" else "onnxruntime")
     numbers = Numbers(precision, tuple(keep_fp32), calibration, placement)
-    source = unwrap(model)
+    source, example_inputs = unwrap(model), understood(model, example_inputs)
     require(source, Step.EXPORT)
 
     def folded(source: nn.Module) -> Result[nn.Module]:
@@ -206,7 +211,7 @@ def export(
     result = write(
         source,
         path,
-        example_inputs=example_inputs,
+        example_inputs=calls_of(example_inputs)[0],
         fold_bn=fold_bn,
         fold=None if is_folded(source) or is_quantized(source) else folded,
         dynamic_axes=dynamic_axes,
@@ -222,7 +227,7 @@ def export(
 def _run(
     model: M,
     passes: Sequence[str | Pass],
-    example_inputs: Inputs | None,
+    example_inputs: Inputs | Examples | None,
     inplace: bool,
     include: Sequence[str],
     exclude: Sequence[str],

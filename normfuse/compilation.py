@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normfuse import api, surgery
-from normfuse.capture import unwrap
+from normfuse.capture import understood, unwrap
 from normfuse.comparison import Comparison
 from normfuse.errors import LoweringError, MissingDependencyError, VerificationError
-from normfuse.graph import Inputs
+from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.latency import backends
 from normfuse.latency.backends import Prepared
 from normfuse.latency.clock import Spread, take_turns
@@ -84,7 +84,7 @@ class Compiled:
 
 def compile(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Inputs | Examples,
     *,
     backend: str | None = None,
     verify: bool = True,
@@ -95,7 +95,8 @@ def compile(
     Args:
         model: Any module; it is not changed. A folded model is taken as it is.
         example_inputs: What it is called on: a tensor, a tuple of positional or a mapping of keyword arguments. ONNX
-            Runtime and TensorRT take inputs of these shapes only.
+            Runtime and TensorRT take inputs of these shapes only. Several, as for :func:`normfuse.fold`, are folded
+            with; the first is what the backends are prepared and compared on.
         backend: One of :data:`CHOICES`; None measures those that are present and takes the fastest.
         verify: Compare the result with a float64 run of the model on the example.
         tolerance: The difference to accept; None for what rounding explains.
@@ -112,21 +113,22 @@ def compile(
     """
     if backend is not None and backend not in CHOICES:
         raise ValueError(f"{backend!r} is none of {', '.join(CHOICES)}")
-    source = unwrap(model)
+    source, example_inputs = unwrap(model), understood(model, example_inputs)
     folded, report = _folded(source, example_inputs)
-    prepared, notes = _prepare(folded, example_inputs, backend)
+    first = calls_of(example_inputs)[0]
+    prepared, notes = _prepare(folded, first, backend)
     seconds = _seconds(prepared, folded) if len(prepared) > 1 else {}
     best = min(seconds, key=lambda name: seconds[name]) if seconds else next(iter(prepared))
-    made = Compiled(folded, prepared[best], best, report, example_inputs)
+    made = Compiled(folded, prepared[best], best, report, first)
     made.seconds, made.notes = seconds, notes
     if verify:
-        made.comparison = compare(source, prepared[best].candidate, example_inputs, tolerance=tolerance)
+        made.comparison = compare(source, prepared[best].candidate, first, tolerance=tolerance)
         if not made.comparison:
             raise VerificationError(f"{best} does not reproduce the model: {made.comparison}", made.comparison)
     return made
 
 
-def _folded(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, Report]:
+def _folded(source: nn.Module, inputs: Inputs | Examples) -> tuple[nn.Module, Report]:
     if is_folded(source) or is_quantized(source):
         return surgery.copy(source), Report(())
     result = api.apply(source, api.EXACT_PASSES, example_inputs=inputs)

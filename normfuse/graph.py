@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfuse import surgery
+from normfuse.examples import Examples, Inputs
 from normfuse.holders import Holders
 from normfuse.named_tensors import own_tensors, tensor_aliases
 from normfuse.surgery import Edit, module_names
-
-Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 @dataclass(eq=False, slots=True)
@@ -33,6 +32,7 @@ class ModuleCall:
     inputs: tuple[fx.Node, ...] = ()
     outputs: tuple[fx.Node, ...] = ()
     single_output: bool = False
+    run: int = 0
 
 
 @dataclass(eq=False)
@@ -41,16 +41,17 @@ class ModelGraph:
 
     Attributes:
         root: The user's model.
-        graph: The nodes, in order of execution. ``node.meta`` may hold ``shape``, ``dtype`` (recorded only) and
-            ``scope``, the enclosing :class:`ModuleCall` objects from the outermost to the innermost.
+        graph: The nodes, in order of execution, one run after the other. ``node.meta`` may hold ``shape``, ``dtype``
+            and ``run``, counted from 0 (recorded only), and ``scope``, the enclosing :class:`ModuleCall` objects from
+            the outermost to the innermost.
         calls: Calls of the modules that were read through.
         partial: Names of the parts that were traced on their own; empty when the whole model was read.
         training: Names of modules that were in training mode inside a model in eval mode.
         edits: What was done to the structure of the model through this graph.
         changed_scopes: Names of the modules whose ``forward`` sees a value that is another since; "" is the model.
-        inputs: What the recorded run was given; None where the model was traced.
-        strangers: Modules that the recorded run called and that are none of the model's.
-        returned: Copies of what the recorded run returned, by name as :func:`normfuse.outputs.leaves` gives them.
+        inputs: What the recorded runs were given; None where the model was traced.
+        strangers: Modules that the recorded runs called and that are none of the model's.
+        returned: Copies of what each recorded run returned, by name as :func:`normfuse.outputs.leaves` gives them.
     """
 
     root: nn.Module
@@ -60,9 +61,9 @@ class ModelGraph:
     training: frozenset[str] = frozenset()
     edits: list[Edit] = field(default_factory=list)
     changed_scopes: set[str] = field(default_factory=set)
-    inputs: Inputs | None = None
+    inputs: Inputs | Examples | None = None
     strangers: tuple[nn.Module, ...] = ()
-    returned: Mapping[str, Any] | None = None
+    returned: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.graph.nodes)
@@ -124,6 +125,18 @@ class ModelGraph:
     def call_sites(self, name: str) -> list[fx.Node]:
         """Return the nodes that call the leaf module of this name."""
         return self._sites.get(name, [])
+
+    def most_calls(self, name: str) -> int:
+        """Return how often a run calls the module of this name, the most of all runs."""
+        return max(self._calls_by_run(name).values(), default=0)
+
+    def _calls_by_run(self, name: str) -> collections.Counter[int]:
+        runs = [node.meta.get("run", 0) for node in self.call_sites(name)]
+        return collections.Counter(runs or [call.run for call in self.calls_of(name)])
+
+    def has_regular_calls(self, name: str) -> bool:
+        """Whether every run that calls the module of this name calls it equally often."""
+        return len(set(self._calls_by_run(name).values())) <= 1
 
     def calls_of(self, name: str) -> list[ModuleCall]:
         """Return the calls of the read-through module of this name."""

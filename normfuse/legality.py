@@ -42,7 +42,8 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
         absorb = absorption.absorb_output if side == "output" else absorption.absorb_input
         new = absorb(absorber, maps[0], graph)
         if not all(m.equals(maps[0]) for m in maps[1:]):
-            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called with different norms", _DUPLICATE)
+            hint = _DUPLICATE if len({node.meta.get("run") for node in calls}) < len(calls) else ""
+            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called with different norms", hint)
         if tensors.keys() & new.keys():
             raise Refused(Reason.SHARED_MODULE, f"{absorber.name} would take a map on both sides")
         tensors |= new
@@ -79,13 +80,16 @@ def _require_own(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: Mod
             raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}", _DUPLICATE)
         uses = graph.uses(name)
         constant = absorber.kind in ("addend", "factor")
-        readers = [node for node in uses if node not in calls] if not constant else uses[1:]
+        readers = [node for node in uses if node not in calls] if not constant else uses[len(calls) :]
         if readers:
             raise _shared(name, absorber, readers, graph)
 
 
 def _shared(name: str, absorber: Absorber, readers: list[fx.Node], graph: ModelGraph) -> Refused:
     """Return the refusal of a tensor that code outside of the plan reads."""
+    runs = {node.meta.get("run") for node in graph.uses(name)}
+    if len(runs) == len(graph.uses(name)) > 1:
+        return Refused(Reason.SHARED_MODULE, f"{absorber.name} is used in another way by another example")
     sites = set(graph.call_sites(absorber.owner))
     if sites.issuperset(graph.uses(name)):
         return Refused(Reason.SHARED_MODULE, f"{absorber.name} is called {len(sites)} times", _DUPLICATE)

@@ -175,7 +175,7 @@ class NormSwap(Pass):
         """Take the moments of what the norm reads in the model as it is now and writes in the original one."""
         assert self._original is not None
         seen = Observation(form, Moments(form.size))
-        last = len(graph.call_sites(name)) or len(graph.calls_of(name)) or 1
+        last = graph.most_calls(name) or 1
         original = self._original.get_submodule(name)
         for batch in Batches(self.calibration, graph.root, self.padding_mask):
             reads = _first_calls(graph.root, graph.module(name), batch, last)

@@ -96,10 +96,11 @@ def _attach_written(written: WrittenNorm, graph: ModelGraph, norms: dict[str, No
     """Add a norm that is written out, where it is not the inside of a module that is a norm."""
     if any(call.name in norms for call in written.node.meta.get("scope", ())):
         return
-    name = f"{_scope_name(written.node)}:{written.kind}"
-    known = sum(key.startswith(name) for key in norms)
-    name = f"{name}_{known}" if known else name
-    norms[name] = Norm(name, f"{written.kind}, written out", None, [written.node])
+    name, run = f"{_scope_name(written.node)}:{written.kind}", written.node.meta.get("run", 0)
+    alike = [norm for key, norm in norms.items() if key.startswith(name)]
+    before = sum(norm.nodes[-1].meta.get("run", 0) == run for norm in alike)
+    name = f"{name}_{before}" if before else name
+    norms.setdefault(name, Norm(name, f"{written.kind}, written out", None)).nodes.append(written.node)
 
 
 def _attach_call(call: ModuleCall, norm: Norm, graph: ModelGraph) -> None:
@@ -125,7 +126,13 @@ def _scope_name(node: fx.Node) -> str:
 
 
 def _same_call(node: fx.Node, other: fx.Node) -> bool:
-    return node.target == other.target and [str(a) for a in node.args[1:]] == [str(a) for a in other.args[1:]]
+    return node.target == other.target and _named(node.args[1:]) == _named(other.args[1:])
+
+
+def _named(arguments: tuple[Any, ...]) -> list[str]:
+    """Return arguments as text; a tensor of the model by its own name, which is the same in every run."""
+    tensors = [isinstance(argument, fx.Node) and argument.op == "get_attr" for argument in arguments]
+    return [str(a.target if own else a) for a, own in zip(arguments, tensors, strict=True)]
 
 
 @torch.no_grad()

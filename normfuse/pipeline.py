@@ -17,7 +17,8 @@ from normfuse import deploy, families, norms, order, reach, surgery
 from normfuse.base import Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
 from normfuse.errors import PassContractError
-from normfuse.graph import Inputs, ModelGraph, module_names
+from normfuse.examples import Examples, Inputs
+from normfuse.graph import ModelGraph, module_names
 from normfuse.layers import tuned
 from normfuse.manifest import make_manifest
 from normfuse.report import Outcome, Report, Status
@@ -74,7 +75,7 @@ def run(
     model: M,
     passes: Sequence[Pass],
     *,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Examples | None = None,
     selection: Selection = Selection(),
     inplace: bool = False,
 ) -> Result[M]:
@@ -95,7 +96,11 @@ def run(
 
 
 def _edit(
-    work: nn.Module, source: nn.Module, passes: Sequence[Pass], example_inputs: Inputs | None, selection: Selection
+    work: nn.Module,
+    source: nn.Module,
+    passes: Sequence[Pass],
+    example_inputs: Inputs | Examples | None,
+    selection: Selection,
 ) -> Report:
     """Carry out the passes on a model, which is the source or a copy of it, and put it in its final mode."""
     notes = _notes(work, passes)
@@ -109,7 +114,7 @@ def _edit(
             again = capture(work, example_inputs)
             graph = replace(again, edits=graph.edits, changed_scopes=graph.changed_scopes)
     notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, source))
-    state.guarded = _guard(unreached, first, graph, example_inputs)
+    state.guarded = _guard(unreached, first, graph)
     report = _report(inventory, passes, state, notes, first)
     if all(one.reversible for one in passes):
         return report
@@ -149,11 +154,11 @@ def _not_copied(graph: ModelGraph, source: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _guard(unreached: list[str], first: ModelGraph, graph: ModelGraph, inputs: Inputs | None) -> dict[str, str]:
+def _guard(unreached: list[str], first: ModelGraph, graph: ModelGraph) -> dict[str, str]:
     """Let the layers raise that no example reached and that may read a changed value; return their classes by name."""
     modules = dict(graph.root.named_modules())
     names = reach.concerned([name for name in unreached if name in modules], first, graph.changed_scopes)
-    names = reach.not_run(names, graph.root, inputs) if names else []
+    names = reach.not_run(names, graph.root, first.inputs) if names else []
     for name in names:
         graph.perform({"op": "guard", "path": name})
     return {name: type(modules[name]).__name__ for name in names}

@@ -19,7 +19,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from normfuse.capture import capture
 from normfuse.capture.leaves import is_leaf
 from normfuse.errors import CaptureError
-from normfuse.graph import Inputs, ModelGraph
+from normfuse.examples import Examples, Inputs
+from normfuse.graph import ModelGraph
 
 _DROPS = ("DropPath", "DropBlock2d", "StochasticDepth")  # of timm and torchvision
 
@@ -68,7 +69,7 @@ def concerned(names: list[str], first: ModelGraph, changed_scopes: set[str]) -> 
     return [name for name in names if caller(name) in changed_scopes]
 
 
-def not_run(names: list[str], model: nn.Module, inputs: Inputs | None) -> list[str]:
+def not_run(names: list[str], model: nn.Module, inputs: Inputs | Examples | None) -> list[str]:
     """Return which modules do not run, also not by a direct call of their ``forward``, which no reader sees."""
     ran: set[str] = set()
     attributes = {name: vars(model.get_submodule(name)) for name in names}

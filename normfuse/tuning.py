@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from normfuse.capture import unwrap
+from normfuse.capture import understood, unwrap
 from normfuse.errors import CaptureError
-from normfuse.graph import Inputs, is_uninitialized
+from normfuse.examples import Examples, Inputs
+from normfuse.graph import is_uninitialized
 from normfuse.layers.tuned import FixedNorm, enter, leave_all
 from normfuse.passes.tune_mode import TuneMode
 from normfuse.pipeline import Selection, run
@@ -29,7 +30,7 @@ def tune_mode(
     model: M,
     mode: bool = True,
     *,
-    example_inputs: Inputs | None = None,
+    example_inputs: Inputs | Examples | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> M:
@@ -65,6 +66,7 @@ def tune_mode(
         leave_all(inner)
         return model
     selection = Selection(tuple(include), tuple(exclude))
+    example_inputs = understood(inner, example_inputs)
     try:
         report = run(inner, [TuneMode()], example_inputs=example_inputs, selection=selection, inplace=True).report
     except CaptureError as error:

@@ -25,7 +25,7 @@ from normfuse import rerun
 from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
 from normfuse.errors import CaptureError, LoadError, VerificationError
-from normfuse.graph import Inputs
+from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.outputs import flatten, input_tensors, named_inputs
 from normfuse.rerun import Samples
 
@@ -59,7 +59,7 @@ class _Candidate:
 def verify(
     reference: nn.Module,
     candidate: nn.Module | str | os.PathLike[str],
-    inputs: Inputs | Samples,
+    inputs: Inputs | Examples | Samples,
     *,
     tolerance: Tolerance | None = None,
     rounds_like: nn.Module | None = None,
@@ -84,7 +84,7 @@ def verify(
         LoadError: The candidate is a file that cannot be run.
         MissingDependencyError: The candidate is a file and ONNX Runtime is not installed.
     """
-    samples = inputs.values if isinstance(inputs, Samples) else (inputs,)
+    samples = inputs.values if isinstance(inputs, Samples) else calls_of(inputs)
     if not samples:
         raise VerificationError("nothing to compare: no inputs given")
     subject = _module(candidate, reference) if isinstance(candidate, nn.Module) else _file(candidate, reference)

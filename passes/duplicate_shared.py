@@ -37,13 +37,9 @@ class DuplicateShared(Pass):
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
         """Refuse a layer whose calls cannot be told apart by a module of their own."""
         absorber: Absorber = match.payload
-        tied = len(graph.owners(absorber.weight)) > 1
-        if not tied and set(graph.uses(absorber.weight)) != set(graph.call_sites(absorber.owner)):
-            text = f"{absorber.name} is shared by code that calls its function directly"
-            return Refusal(Reason.SHARED_MODULE, text)
         try:
-            if not tied:
-                require_replaceable(absorber.name, graph)
+            if len(graph.owners(absorber.weight)) == 1:
+                _require_separable(absorber, graph)
         except Refused as refused:
             return refused.refusal
         return match
@@ -56,11 +52,27 @@ class DuplicateShared(Pass):
             graph.perform({"op": "untie", "tensor": name})
         if len(owners) > 1:
             return
-        copies = len(graph.call_sites(absorber.owner))
+        copies = graph.most_calls(absorber.owner)
         kwargs = {"module": {"ref": absorber.owner}, "copies": copies}
         spec = {"class": "normfuse.layers.deployed.CallSites", "kwargs": kwargs}
         graph.perform({"op": "replace", "path": absorber.owner, "module": spec})
         graph.perform({"op": "count_calls"})
+
+
+def _require_separable(absorber: Absorber, graph: ModelGraph) -> None:
+    """Refuse a layer whose calls cannot be told apart by how many came before.
+
+    Raises:
+        Refused: They cannot.
+    """
+    name = absorber.owner
+    if set(graph.uses(absorber.weight)) != set(graph.call_sites(name)):
+        raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is shared by code that calls its function directly")
+    if not graph.has_regular_calls(name):
+        raise Refused(Reason.SHARED_MODULE, f"{name} is not called equally often in every example")
+    if graph.most_calls(name) < 2:
+        raise Refused(Reason.SHARED_MODULE, f"{name} is used in another way by another example")
+    require_replaceable(name, graph)
 
 
 def _shared(plan: Plan, graph: ModelGraph) -> list[Absorber]:

@@ -108,7 +108,7 @@ class Recalibrate(Pass):
     def _observed(self, name: str, graph: ModelGraph) -> ChannelMoments:
         data = Batches(self.calibration, graph.root, self.padding_mask)
         if self.order == "sequential":
-            calls = len(graph.call_sites(name)) or len(graph.calls_of(name)) or None
+            calls = graph.most_calls(name) or None
             return observe(graph.root, {name: graph.module(name)}, data, None, data.device, calls)[name]
         if graph is not self._graph:
             every = {n: m for n, m in graph.root.named_modules() if stored.stores_statistics(m)}

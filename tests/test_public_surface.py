@@ -15,7 +15,7 @@ PROMISED = {
     *("fold", "fold_bn", "inspect", "apply", "export", "verify", "save", "load"),
     *("quantize", "swap_norms", "reconstruct", "compile", "Compiled"),
     *("tune_mode", "tuned", "parameter_groups", "build_kernels"),
-    *("Report", "Outcome", "Status", "Reason", "Refusal", "Result", "Comparison", "Tolerance"),
+    *("Report", "Outcome", "Status", "Reason", "Refusal", "Result", "Comparison", "Tolerance", "Examples"),
     *("NormfuseError", "CaptureError", "LoadError", "LoweringError", "RequirementError", "VerificationError"),
     *("MissingDependencyError", "DeployedModelError", "OrderError"),
 }

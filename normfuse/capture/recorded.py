@@ -1,4 +1,4 @@
-"""Read a model by following one real run of it.
+"""Read a model by following real runs of it, one for each example.
 
 Every torch function that the model calls outside a leaf module becomes a node, and so does every call of a leaf module.
 Tensors are followed by identity. What bypasses the torch functions (a custom autograd function, a C++ operator) is
@@ -22,7 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.errors import CaptureError
-from normfuse.graph import Inputs, ModelGraph, ModuleCall, is_uninitialized, module_names
+from normfuse.examples import Examples, Inputs, calls_of
+from normfuse.graph import ModelGraph, ModuleCall, is_uninitialized, module_names
 from normfuse.named_tensors import named_tensors
 from normfuse.outputs import arguments, copied, leaves
 
@@ -37,29 +38,38 @@ _METADATA = frozenset(
 )
 
 
-def record(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> ModelGraph:
-    """Run ``model`` once on ``example_inputs`` and return what it did as a graph with shapes.
+def record(model: nn.Module, example_inputs: Inputs | Examples, *, training: bool = False) -> ModelGraph:
+    """Run ``model`` once on each example and return what it did, the runs side by side, as a graph with shapes.
 
-    The run is in eval mode or, all but the norms, in training mode.
+    The runs are in eval mode or, all but the norms, in training mode.
 
     Raises:
-        CaptureError: The model raised an exception on these inputs.
+        CaptureError: The model raised an exception on one of them.
     """
     _require_values(model)
     inside = frozenset() if training else training_inside_eval(model)
-    args, kwargs = arguments(copied(example_inputs))
     recorder = _Recorder(model)
-    with in_mode(model, training=training), torch.no_grad(), unchanged(model):
-        try:
-            output = recorder.run(args, kwargs)
-        except Exception as error:
-            raise CaptureError(f"the model does not run on the example inputs: {_one_line(error)}") from error
-        recorder.graph.output(recorder.nodes_of((output, recorder.kept())))
-        returned = leaves(output)
+    returned = []
+    for call in calls_of(example_inputs):
+        args, kwargs = arguments(copied(call))
+        with in_mode(model, training=training), torch.no_grad(), unchanged(model):
+            try:
+                output = recorder.run(args, kwargs)
+            except Exception as error:
+                raise CaptureError(_failure(error, example_inputs)) from error
+            recorder.end_run(output)
+            returned.append(leaves(output))
+    recorder.graph.output(recorder.ends)
     graph = ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
-    graph.returned = returned
+    graph.returned = tuple(returned)
     graph.strangers = tuple(recorder.strangers)
     return graph
+
+
+def _failure(error: Exception, inputs: Inputs | Examples) -> str:
+    text = f"the model does not run on the example inputs: {_one_line(error)}"
+    one = isinstance(inputs, list) and len(calls_of(inputs)) == 1
+    return f"{text} (the list is one argument; several calls are normfuse.Examples(...))" if one else text
 
 
 def _require_values(model: nn.Module) -> None:
@@ -86,6 +96,7 @@ class _Recorder:
         self.graph = fx.Graph()
         self.calls: list[ModuleCall] = []
         self.strangers: dict[nn.Module, None] = {}
+        self.ends: list[Any] = []
         self.scope: tuple[ModuleCall, ...] = ()
         self.busy = False
         self.node_of = WeakTensorKeyDictionary()
@@ -95,9 +106,16 @@ class _Recorder:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with everything it does followed."""
         for index, tensor in enumerate(_tensors((args, kwargs))):
-            self._bind(tensor, self.graph.placeholder(f"input_{index}"))
+            node = self.graph.placeholder(f"input_{index}")
+            node.meta["run"] = len(self.ends)
+            self._bind(tensor, node)
         with self._intercept_modules(), _DispatchReader(self), _FunctionReader(self):
             return self.model(*args, **kwargs)
+
+    def end_run(self, output: Any) -> None:
+        """Note what a run returned and what it left behind; the next one starts with no value known."""
+        self.ends.append(self.nodes_of((output, self.kept())))
+        self.node_of = WeakTensorKeyDictionary()
 
     def kept(self) -> list[Tensor]:
         """Return the values of the run that modules keep as attributes, where the caller may read them.
@@ -132,6 +150,7 @@ class _Recorder:
         if node is None:
             name = self.tensor_name.get(id(tensor))
             node = self._make("call_function", opaque, (), {}) if name is None else self.graph.get_attr(name)
+            node.meta["run"] = len(self.ends)
             self._bind(tensor, node)
         return node
 
@@ -142,7 +161,7 @@ class _Recorder:
 
     def _make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
-        node.meta["scope"] = self.scope
+        node.meta["scope"], node.meta["run"] = self.scope, len(self.ends)
         return node
 
     # operations to nodes
@@ -201,7 +220,8 @@ class _Recorder:
             return call(*args, **kwargs)
         if is_leaf(module):
             return self.record("call_module", name, call, args, kwargs)
-        entry = ModuleCall(name, inputs=tuple(self._node(tensor) for tensor in _tensors((args, kwargs))))
+        given = tuple(self._node(tensor) for tensor in _tensors((args, kwargs)))
+        entry = ModuleCall(name, inputs=given, run=len(self.ends))
         self.calls.append(entry)
         outer, self.scope = self.scope, (*self.scope, entry)
         try:
