@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from normfuse.base import Reason, Refusal
     from normfuse.compilation import Compiled, compile
     from normfuse.errors import (
+        CalibrationError,
         CaptureError,
         DeployedModelError,
         LoadError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "Comparison",
     "Compiled",
@@ -86,6 +88,7 @@ _NAMES = {
     "base": ("Reason", "Refusal"),
     "compilation": ("Compiled", "compile"),
     "errors": (
+        "CalibrationError",
         "CaptureError",
         "DeployedModelError",
         "LoadError",

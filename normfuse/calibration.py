@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.capture import eval_mode
+from normfuse.errors import CalibrationError
 from normfuse.graph import Inputs
 from normfuse.outputs import arguments, map_tensors
 
@@ -55,6 +56,7 @@ class Batches:
 
     Raises:
         ValueError: There is no data, or it is an iterator.
+        CalibrationError: An item, when it is read, holds NaN or infinity.
     """
 
     def __init__(
@@ -89,10 +91,25 @@ class Batches:
         """Return one item of the data, moved to where the model is."""
         item = item[0] if isinstance(item, list) and item else item
         padding = self.padding_mask(item)
+        map_tensors(item, _require_finite)
         return Batch(map_tensors(item, self._moved), None if padding is None else padding.to(self.device))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
+
+
+def _require_finite(tensor: Tensor) -> Tensor:
+    """Return a tensor of the data, all of whose values are finite; a mask of 0 and -inf is none of data.
+
+    Raises:
+        CalibrationError: It holds NaN or infinity.
+    """
+    if tensor.is_floating_point():
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad and not bool(((tensor == 0) | (tensor == -torch.inf)).all()):
+            text = f"{bad} of {tensor.numel()} values of the calibration data are NaN or infinite"
+            raise CalibrationError(f"{text}: leave out or mend the samples that hold them")
+    return tensor
 
 
 def _attention_padding(item: Any) -> Tensor | None:

@@ -33,6 +33,10 @@ class LoadError(NormfuseError):
     """A model file was refused: unknown format, damaged, unsafe, or not what was asked for."""
 
 
+class CalibrationError(NormfuseError):
+    """Calibration data that no statistic can be taken of: it holds values that are not finite."""
+
+
 class LoweringError(NormfuseError):
     """The model could not be written as ONNX or as an engine."""
 

@@ -189,7 +189,7 @@ def _sniff_safetensors(file: IO[bytes], size: int) -> Format | None:
     try:
         header = json.loads(file.read(length))
         end = max(_offsets_end(header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
     return Format.SAFETENSORS if 8 + length + end <= size else Format.TRUNCATED
 

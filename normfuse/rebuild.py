@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse import architectures, deploy, surgery
+from normfuse import architectures, deploy, digests, surgery
 from normfuse.errors import LoadError
 from normfuse.formats import Format
 from normfuse.manifest import SCHEMA_VERSION
@@ -80,7 +80,7 @@ def parse_manifest(text: str | None, path: Path) -> Manifest | None:
     try:
         manifest = json.loads(text)
         version, _, _ = manifest["schema_version"], list(manifest["edits"]), list(manifest["keys"]["after"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path}: the manifest in it is damaged ({type(error).__name__}: {error})") from error
     if version != SCHEMA_VERSION:
         raise LoadError(f"{path}: written by another normfuse (manifest version {version}); update normfuse")
@@ -107,6 +107,7 @@ def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> Lo
         load_strictly(model, strip_prefixes(state, model.state_dict().keys(), request.notes), request.path)
         return request.done(model)
     _require_keys(state, manifest, request.path)
+    digests.require(state, manifest.get("digests"), request.path)
     if pickled is not None and request.model is None and request.arch is None:
         model = _from_skeleton(pickled, state, request)
     else:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from normfuse.atomic_files import staged
 from normfuse.blocks import distance, find_blocks, float_pairs, outputs_of
 from normfuse.calibration import Batch, Batches, Calibration, Moments, PaddingMask, listen, module_path
 from normfuse.capture import eval_mode, unwrap
@@ -116,13 +116,8 @@ class _Checkpoint:
     def save(self, **state: Any) -> None:
         if self.path is None:
             return
-        path = Path(self.path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with staged(self.path) as temporary:
             torch.save({"plan": self.plan, **state}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @dataclass(slots=True)

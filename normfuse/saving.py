@@ -10,21 +10,19 @@ A ``.safetensors`` file holds tensors, and the manifest in its metadata.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import json
-import os
-import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfuse import deploy
+from normfuse import deploy, digests
+from normfuse.atomic_files import staged
 from normfuse.capture import unwrap
 from normfuse.errors import NormfuseError
 from normfuse.layers import tuned
@@ -60,8 +58,9 @@ def save(
         NormfuseError: The model cannot be pickled, or the format cannot hold it.
     """
     model, path = unwrap(model), Path(path)
-    with tuned.left(model), _replacing(path) as temporary:
+    with tuned.left(model), staged(path) as temporary:
         manifest = complete_manifest(model, arch, arch_kwargs, verification)
+        manifest["digests"] = digests.of_all(model.state_dict())
         if path.suffix == ".safetensors":
             _write_safetensors(model, manifest, temporary)
         else:
@@ -146,16 +145,3 @@ def _identity(tensor: Tensor) -> tuple:
     """Return what two tensors have in common exactly when one is the other; empty ones are all told apart."""
     place = tensor.data_ptr() or id(tensor)
     return place, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` that takes its place if the block succeeds, and is removed if not."""
-    if not path.parent.is_dir():
-        raise NormfuseError(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
     ("errors", "examples", "names", "numerics", "adapters", "computed", "holders"),
-    ("named_tensors", "native", "structure"),
+    ("atomic_files", "digests", "named_tensors", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),
@@ -40,7 +40,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SURFACE = {"api", "report", "errors", "verify", "formats", "serialize", "architectures", "lowering"}
 CLI_MAY = SURFACE | {"cli", "latency", "outputs", "rerun", "quantizing", "recalibrating", "swapping", "reconstruction"}
-CLI_MAY |= {"kernels", "made_up_inputs", "unpickle"}
+CLI_MAY |= {"atomic_files", "kernels", "made_up_inputs", "unpickle"}
 ONNX_GRAPHS = ("lowering.onnx_fold", "lowering.onnx_graph")  # about ONNX through and through, and loaded late
 OPTIONAL = {"onnx", "onnxscript", "onnxruntime", "onnx_ir", "tensorrt", "tensorrt_rtx", "timm", "torchvision"}
 OPTIONAL |= {"transformers", "matplotlib"}

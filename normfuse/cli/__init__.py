@@ -3,13 +3,17 @@
 Commands are loaded when they are named and import torch only when they run, so that ``--help`` is immediate.
 
 Exit codes: 0 done and verified; 1 verification failed or output unusable; 2 usage; 3 a requirement unmet
-(``--require-fold``); 4 input refused; 5 a backend is missing.
+(``--require-fold``); 4 input refused; 5 a backend is missing; 130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -52,7 +56,8 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            with _terminating():
+                code = super().main(*args, standalone_mode=False, **kwargs)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             code = error.exit_code
@@ -62,7 +67,31 @@ class LazyGroup(click.Group):
         except click.Abort:
             click.echo("Interrupted", err=True)
             code = 130
+        except Terminated:
+            click.echo("Terminated", err=True)
+            code = 143
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class Terminated(BaseException):
+    """The process was asked to end: what is half-written is cleaned up on the way out, as for an interrupt."""
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Turn SIGTERM into an exception for the time of a command, where nobody else handles it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def one_line(error: click.ClickException) -> str:

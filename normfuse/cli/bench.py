@@ -76,7 +76,7 @@ def command(
     is called noise. Runtimes fold a BatchNorm behind a convolution by themselves: expect no gain from folding there.
     """
     if plot_file is not None:
-        results.destination(plot_file, plot_file, force=out.force, extensions=(".png", ".svg", ".pdf"))
+        results.destination(plot_file, plot_file, out, extensions=(".png", ".svg", ".pdf"))
     import torch
 
     from normfuse.latency.results import unite

@@ -44,7 +44,7 @@ def destination(output: Path | None, request: Request, word: str, out: Output) -
         click.UsageError: As for :func:`.results.destination`.
     """
     extensions = (".pt", ".pth", ".safetensors")
-    return results.destination(output, default_path(request, f".{word}.pt"), force=out.force, extensions=extensions)
+    return results.destination(output, default_path(request, f".{word}.pt"), out, extensions=extensions)
 
 
 def describe(loaded: source.Source, batches: list[Inputs], calib: Path, request: Request, out: Output) -> Inputs:

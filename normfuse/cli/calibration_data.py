@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.cli.inputs import read_arrays
+from normfuse.cli.arrays import read_arrays, require_file
 from normfuse.errors import LoadError, MissingDependencyError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from normfuse.outputs import Inputs
+
+MOST_PIXELS = 1 << 26
+"""In one picture: a small file can say that it is of any size."""
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
@@ -33,6 +36,7 @@ def read(path: Path, model: nn.Module, *, batch_size: int, limit: int) -> list[I
     """
     if path.is_dir():
         return _image_batches(path, model, batch_size, limit)
+    require_file(path)
     values = _read_torch(path) if path.suffix.lower() in (".pt", ".pth") else read_arrays(path)
     return _cut(values, path, batch_size, limit)
 
@@ -70,7 +74,7 @@ def _image_batches(folder: Path, model: nn.Module, batch_size: int, limit: int) 
 
     from normfuse.made_up_inputs import setting
 
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)[:limit]
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())[:limit]
     if not files:
         raise LoadError(f"{folder}: there is no image in this folder")
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
@@ -93,9 +97,11 @@ def _image(file: Path, size: tuple[int, ...], mean: Any, std: Any) -> Tensor:
         raise MissingDependencyError("a folder of images needs Pillow: pip install pillow") from error
     try:
         with Image.open(file) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"it has more than {MOST_PIXELS} pixels")
             picture = ImageOps.fit(opened.convert("L" if size[0] == 1 else "RGB"), (size[2], size[1]))
             values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise LoadError(f"{file}: not an image that can be read ({error})") from error
     values = values.reshape(size[1], size[2], size[0]).permute(2, 0, 1).float() / 255
     means, stds = (torch.tensor(list(v)[: size[0]]).reshape(-1, 1, 1) for v in (mean, std))

@@ -27,6 +27,7 @@ EXIT_CODES: dict[type[errors.NormfuseError], int] = {
     errors.LoweringError: 1,
     errors.RequirementError: 3,
     errors.LoadError: 4,
+    errors.CalibrationError: 4,
     errors.CaptureError: 4,
     errors.DeployedModelError: 4,
     errors.OrderError: 4,
@@ -49,6 +50,7 @@ class Command(click.Command):
         out.verbose, out.force = verbose > 0, ctx.params.pop("force", False)
         if destination not in (None, "-"):
             require_free(Path(destination), force=out.force)
+            _require_apart(out, ctx.params)
         ctx.params["out"] = out
         _pack(ctx.params, "request", Request)
         _pack(ctx.params, "check", Check)
@@ -63,6 +65,14 @@ class Command(click.Command):
                 if verbose or error.strerror is None:
                     raise
                 raise Failure(f"{error.filename or 'writing'}: {error.strerror}", 1) from error
+
+
+def _require_apart(out: Output, params: dict[str, Any]) -> None:
+    """Refuse to write the report over a file that another argument names."""
+    for value in params.values():
+        for given in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(given, (str, Path)):
+                out.require_apart(Path(given))
 
 
 def _pack(params: dict[str, Any], name: str, kind: type[Any]) -> None:

@@ -56,7 +56,7 @@ def command(
     MODEL.engine.json and its log. An engine is verified by the ONNX file that it is built from.
     """
     extensions = (".onnx", ".engine")
-    target = results.destination(output, fold.default_path(request, ".onnx"), force=out.force, extensions=extensions)
+    target = results.destination(output, fold.default_path(request, ".onnx"), out, extensions=extensions)
     wants_engine = target.suffix.lower() == ".engine"
     engines.require_fitting(options, wants_engine=wants_engine)
     engine = engines.request(options, request, target, out) if wants_engine else None

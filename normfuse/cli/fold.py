@@ -42,7 +42,7 @@ def command(
     onnx = source.is_onnx(request.model)
     extensions = (".onnx",) if onnx else (".pt", ".pth", ".safetensors")
     default = default_path(request, f".folded{extensions[0]}")
-    target = results.destination(output, default, force=out.force, extensions=extensions)
+    target = results.destination(output, default, out, extensions=extensions)
     if onnx:
         _fold_onnx(request, check, target, out, require_fold, options)
     else:
@@ -106,8 +106,8 @@ def _fold_onnx(
     request: Request, check: Check, target: Path, out: Output, require_fold: bool, options: dict[str, Any]
 ) -> None:
     result = onnx_files.fold(request, out, options["include"], options["exclude"])
+    from normfuse.atomic_files import staged
     from normfuse.lowering.onnx_fold import count_ops, write
-    from normfuse.lowering.staging import staged
 
     results.show_report(result.report, out)
     if require_fold:

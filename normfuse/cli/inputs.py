@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.cli.arguments import NamedShape
-from normfuse.errors import CaptureError, LoadError
+from normfuse.cli.arrays import read_arrays
+from normfuse.errors import CaptureError
 
 if TYPE_CHECKING:
     import torch
@@ -86,27 +87,6 @@ def _candidates(
         yield Example(stored, "stored in the file")
     else:
         yield from (Example(made.inputs, made.origin, assumed=True) for made in made_up_inputs(model))
-
-
-def read_arrays(path: Path) -> Inputs:
-    """Return the arrays of a ``.npz`` (by name, or by position if saved so) or ``.npy`` file; nothing is unpickled.
-
-    Raises:
-        LoadError: The file is not one of these, or holds pickled objects.
-    """
-    import numpy
-    import torch
-
-    try:
-        loaded = numpy.load(path, allow_pickle=False)
-        if not hasattr(loaded, "files"):
-            return torch.from_numpy(loaded)
-        arrays = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
-    except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
-        raise LoadError(f"{path}: not a .npz or .npy file of plain arrays ({_first_line(error)})") from error
-    if len(arrays) == 1 or all(name.startswith("arr_") for name in arrays):
-        return tuple(arrays.values())
-    return arrays
 
 
 def from_shapes(shapes: Sequence[NamedShape], names: Sequence[str], make: Callable[[tuple[int, ...]], Any]) -> Inputs:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +58,15 @@ class Output:
             "outputs": [],
             "notes": [],
         }
+
+    def require_apart(self, path: Path) -> None:
+        """Refuse to write the JSON document over a file that the command reads or writes.
+
+        Raises:
+            click.UsageError: ``--json`` names the same file.
+        """
+        if self.json_file not in (None, "-") and _same_file(Path(self.json_file), path):
+            raise click.UsageError(f"--json {self.json_file}: the command reads or writes this file; name another")
 
     def rows(self, rows: Sequence[tuple[str, ...]], *, style: str = "bold") -> None:
         """Print rows in aligned columns; the first is set in ``style``, or in the colour of its status."""
@@ -127,7 +135,16 @@ class Output:
             self.stream.write(text)
             self.stream.flush()
         else:
+            from normfuse.atomic_files import write_text
+
             write_text(Path(self.json_file), text)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+    except (OSError, ValueError):  # an argument that is no path
+        return False
 
 
 def require_free(path: Path, *, force: bool) -> None:
@@ -140,18 +157,6 @@ def require_free(path: Path, *, force: bool) -> None:
         raise click.UsageError(f"{path} exists; --force overwrites it")
     if not path.parent.is_dir():
         raise click.UsageError(f"there is no folder {path.parent}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file all or nothing: under a temporary name beside it, then renamed."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def size(path: Path) -> str:

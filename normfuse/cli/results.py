@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from normfuse.verify import Tolerance
 
 
-def destination(output: Path | None, default: Path, *, force: bool, extensions: tuple[str, ...]) -> Path:
+def destination(output: Path | None, default: Path, out: Output, *, extensions: tuple[str, ...]) -> Path:
     """Return where to write, checked before any work is done.
 
     Raises:
-        click.UsageError: The extension is not one of these, the file exists without ``force``, or its folder does not.
+        click.UsageError: The extension is not one of these, the file exists without ``--force``, its folder does not,
+            or ``--json`` names it or a file that goes with it.
     """
     path = output or default
     if path.suffix.lower() not in extensions:
         raise click.UsageError(f"{path}: the name should end in {' or '.join(extensions)}")
-    require_free(path, force=force)
+    require_free(path, force=out.force)
+    for beside in (path, path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.data")):
+        out.require_apart(beside)
     return path
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from normfuse.atomic_files import staged
 from normfuse.errors import MissingDependencyError
 from normfuse.latency.results import Benchmark, Row
-from normfuse.lowering.staging import staged
 
 INSTALL = "matplotlib is not installed: pip install 'normfuse[report]'"
 COLOURS = {"unfolded": "#8c8c8c", "folded": "#4c78a8", "exact": "#f58518"}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from normfuse.atomic_files import staged
 from normfuse.errors import LoweringError, VerificationError
 from normfuse.graph import Inputs
 from normfuse.lowering import fidelity, tensorrt
@@ -23,7 +24,6 @@ from normfuse.lowering.axes import DynamicAxes, parse_axes
 from normfuse.lowering.onnx import OnnxInfo, export_onnx
 from normfuse.lowering.precision import Loss, Numbers, Precision, check_ranges
 from normfuse.lowering.profiles import with_profiles
-from normfuse.lowering.staging import staged
 from normfuse.lowering.tensorrt import EngineInfo, EngineOptions, build_engine
 from normfuse.outputs import named_inputs
 from normfuse.verify import verify as compare
@@ -135,7 +135,7 @@ def export(
     if verify and result and numbers.precision != "fp32":  # so much rounding would hide a defect of the fold
         _require_equal(compare(model, source, example_inputs), "the folded model")
     comparison = built = None
-    with staged(path) as target, tempfile.TemporaryDirectory(dir=target.parent) as aside:
+    with staged(path, LoweringError) as target, tempfile.TemporaryDirectory(dir=target.parent) as aside:
         written = Path(aside, target.with_suffix(".onnx").name) if wants_engine else target
         info = export_onnx(
             source,

@@ -122,7 +122,7 @@ def read_sidecar(engine: str | os.PathLike[str]) -> Sidecar:
         if document["tensorrt"]["package"] not in get_args(Package):
             raise LoadError(f"{path}: names a package that builds no engines; rebuild the engine")
         return Sidecar(**document)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise LoadError(f"{path}: not the description of an engine ({error}): rebuild the engine") from error
 
 

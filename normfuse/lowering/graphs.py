@@ -185,9 +185,9 @@ def _modules(scopes: str) -> list[str]:
     """Return the modules that a node is in, outermost first: ``['', 'conv', 'conv2d_1']`` gives ``['conv']``."""
     try:
         names = ast.literal_eval(scopes)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # metadata of a file: of any form
         return []
-    return [name for name in names[:-1] if name]
+    return [name for name in names[:-1] if isinstance(name, str) and name] if isinstance(names, list) else []
 
 
 def pairs(model: onnx.ModelProto) -> list[set[str]]:

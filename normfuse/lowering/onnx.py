@@ -26,12 +26,12 @@ import torch
 from torch import nn
 
 from normfuse import __version__, deploy, rerun
+from normfuse.atomic_files import staged
 from normfuse.errors import LoweringError, MissingDependencyError
 from normfuse.graph import Inputs
 from normfuse.lowering import graphs, onnx_functions, onnx_mends, onnx_qdq, onnx_quantize
 from normfuse.lowering.axes import Axes, DynamicAxes, dynamic_shapes, parse_axes, require_dynamic
 from normfuse.lowering.precision import Numbers, Placement, Precision, cast, require_weights_in_range
-from normfuse.lowering.staging import staged
 from normfuse.names import require_plain_names
 from normfuse.outputs import arguments, named_inputs
 
@@ -111,7 +111,7 @@ def export_onnx(
     program = _export(twin, inputs, dynamic_shapes(axes, named_inputs(twin, inputs)), opset, optimize=optimize)
     onnx_functions.define(program.model)
     _describe(program.model, deploy.manifest_of(model))
-    with staged(path) as target:
+    with staged(path, LoweringError) as target:
         _save(program, target)
         if numbers.quantized:
             data = numbers.batches(twin, inputs)

@@ -15,8 +15,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CheckerPass, ShapeInferencePass
 
-from normfuse.errors import LoadError, PassContractError
+from normfuse.atomic_files import staged
+from normfuse.errors import LoadError, LoweringError, PassContractError
 from normfuse.lowering.onnx_graph import layer_norm
 from normfuse.lowering.onnx_graph.driver import PASS_NAME, fold_norms
 from normfuse.lowering.onnx_graph.plan import prune
@@ -109,14 +108,8 @@ def write(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str]) -> Pa
     path = Path(path)
     loaded = model if isinstance(model, ir.Model) else ir.from_proto(model)
     data = f"{path.name}.data" if _wants_data_file(loaded) else None
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        ir.save(loaded, folder / path.name, external_data=data)
-        for name in (data, path.name):
-            if name is not None and (folder / name).exists():
-                os.replace(folder / name, path.parent / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with staged(path, LoweringError) as target:
+        ir.save(loaded, target, external_data=data)
     return path
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from normfuse import __version__
+from normfuse.atomic_files import staged
 from normfuse.errors import LoweringError, MissingDependencyError
 from normfuse.lowering import engine_errors, engine_norms, graphs
 from normfuse.lowering.engine_sidecar import Package, Sidecar, sha256, sidecar_path
 from normfuse.lowering.profiles import Profile, ShapeRequest
-from normfuse.lowering.staging import staged
 
 SCRIPT = Path(__file__).with_name("tensorrt_build.py")
 
@@ -125,7 +125,7 @@ def build_engine(
     """
     options = options or EngineOptions()
     package = choose(options)
-    with staged(path) as target:
+    with staged(path, LoweringError) as target:
         job = {
             "package": package,
             "onnx": os.path.abspath(onnx_file),
@@ -182,7 +182,7 @@ def _keep_log(log: Path, errors: str) -> Path:
 def _keep_timing_cache(job: Mapping[str, Any], options: EngineOptions) -> None:
     new = Path(job["new_timing_cache"])
     if new.exists() and options.timing_cache is not None:
-        with staged(options.timing_cache) as place:
+        with staged(options.timing_cache, LoweringError) as place:
             shutil.move(new, place)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfuse.atomic_files import staged
 from normfuse.errors import LoadError, LoweringError, MissingDependencyError
 from normfuse.graph import Inputs
 from normfuse.lowering.engine_sidecar import Sidecar, read_sidecar
-from normfuse.lowering.staging import staged
 from normfuse.outputs import input_tensors
 
 _TYPES = {
@@ -83,7 +83,7 @@ class Engine:
         config = getattr(self._context, "get_runtime_config", lambda: None)()
         if config is None or not hasattr(config, "get_runtime_cache"):
             raise LoweringError(f"{self.sidecar.tensorrt['package']} has no runtime cache")
-        with staged(path) as target:
+        with staged(path, LoweringError) as target:
             target.write_bytes(memoryview(config.get_runtime_cache().serialize()))
 
     def _give(self, name: str, tensor: Tensor) -> Tensor:
