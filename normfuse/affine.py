@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normfuse.base import Reason, Refused
-from normfuse.numerics import exact
+from normfuse.numerics import exact, preimage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,11 +54,8 @@ class AffineMap:
         return AffineMap(self.scale * inner.scale, self.scale * inner.shift + self.shift)
 
     def preimage(self, value: float) -> Tensor | None:
-        """Return what the map takes to ``value``, 0 where it takes everything there; None where it takes nothing."""
-        scale, shift = torch.broadcast_tensors(self.scale, self.shift)
-        if bool(((scale == 0) & (shift != value)).any()):
-            return None
-        return torch.where(scale == 0, 0.0, (value - shift) / scale)
+        """Return what the map takes to ``value``, as :func:`normfuse.numerics.preimage`."""
+        return preimage(self.scale, self.shift, value)
 
     def only_scale(self) -> AffineMap:
         """Return the map without its shift."""

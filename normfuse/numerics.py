@@ -79,6 +79,14 @@ def unrectified(values: Tensor, slope: Tensor | float) -> Tensor:
     return torch.where(values < 0, below, values)
 
 
+def preimage(scale: Tensor, shift: Tensor, value: float) -> Tensor | None:
+    """Return ``p`` with ``scale p + shift = value``, 0 where any does; None where somewhere none does."""
+    scale, shift = torch.broadcast_tensors(scale, shift)
+    if bool(((scale == 0) & (shift != value)).any()):
+        return None
+    return torch.where(scale == 0, 0.0, (value - shift) / scale)
+
+
 def output_of_shift(weight: Tensor, shift: Tensor, *, groups: int = 1) -> Tensor:
     """Return ``(out,)``: what a constant input ``shift`` (``(in,)``) adds to every output where no padding is seen."""
     taps = exact(weight).flatten(2).sum(-1) if weight.dim() > 2 else exact(weight)  # (out, in/g)

@@ -233,7 +233,7 @@ REFUSED = {
         f"(double[2,4,6,6] x) => (double[?,?,?,?] y, double[?,?,?,?] h) {{ h = Conv(x, w, b) y = {bn('h')} }}",
     ),
     "opaque": (Reason.OPAQUE_OPERATION, f"{IMAGE} {{ h = Conv(x, w, b) r = Sigmoid(h) y = {bn('r')} }}"),
-    "shift through relu": (Reason.SIGN, f"{IMAGE} {{ h = Conv(x, w, b) r = Relu(h) y = {bn('r')} }}"),
+    "shift through relu": (Reason.OPAQUE_OPERATION, f"{IMAGE} {{ h = Conv(x, w, b) r = Relu(h) y = {bn('r')} }}"),
     "zeros that are averaged": (
         Reason.NONZERO_PADDING,
         f"{IMAGE} {{ h = Conv(x, w, b) r = AveragePool<kernel_shape=[2,2], pads=[1,1,1,1], count_include_pad=1>(h)"

@@ -22,8 +22,8 @@ from normfuse.lowering.onnx_graph.values import constant, exact, has_input, inte
 
 def conv_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
     """Scale the output channels of a Conv and shift its bias."""
-    _require_axis(node, m, 1)
     kernel = exact(node, 1)
+    m = _along(node, m, 1, kernel.shape[0])
     route.plan.write(node, 1, kernel * m.scale.reshape(-1, *[1] * (kernel.ndim - 1)), weight(node, 1).dtype)
     _affine_bias(route, node, 2, m)
 
@@ -31,8 +31,8 @@ def conv_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
 def conv_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> None:
     """Scale the input channels of a Conv; a shift needs a Conv that does not pad."""
     _require_data(node, index)
-    _require_axis(node, m, 1)
     kernel, groups = exact(node, 1), node.attributes.get_int("group", 1)
+    m = _along(node, m, 1, kernel.shape[1] * groups)
     if m.has_shift and _pads(node, kernel.shape[2:]):
         raise Refused(
             Reason.NONZERO_PADDING, f"a shift cannot pass the zero padding of {label(node)}", "keep this norm"
@@ -46,8 +46,8 @@ def conv_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> Non
 
 def transposed_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
     """Scale the output channels of a ConvTranspose, which lie on axis 1 group by group, and shift its bias."""
-    _require_axis(node, m, 1)
     kernel, groups = exact(node, 1), node.attributes.get_int("group", 1)
+    m = _along(node, m, 1, kernel.shape[1] * groups)
     scale = m.scale.reshape(groups, 1, -1, *[1] * (kernel.ndim - 2))
     grouped = kernel.reshape(groups, -1, *kernel.shape[1:])
     route.plan.write(node, 1, (grouped * scale).reshape(kernel.shape), weight(node, 1).dtype)
@@ -57,8 +57,8 @@ def transposed_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
 def transposed_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> None:
     """Scale the input channels of a ConvTranspose; a shift needs a kernel of one element and no stride."""
     _require_data(node, index)
-    _require_axis(node, m, 1)
     kernel, groups = exact(node, 1), node.attributes.get_int("group", 1)
+    m = _along(node, m, 1, kernel.shape[0])
     uneven = any(n != 1 for n in (*kernel.shape[2:], *(integers(node, "strides") or ())))
     if m.has_shift and (uneven or any(integers(node, "pads") or ()) or any(integers(node, "output_padding") or ())):
         raise Refused(Reason.NONZERO_PADDING, f"{label(node)} (ConvTranspose) does not spread a shift evenly")
@@ -71,9 +71,9 @@ def transposed_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) 
 
 def gemm_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
     """Scale the columns of B'; ``beta C`` becomes ``s beta C + c`` with ``beta = 1``."""
-    _require_axis(node, m, 1)
-    matrix = exact(node, 1)
-    scale = m.scale[:, None] if node.attributes.get_int("transB", 0) else m.scale
+    matrix, transposed = exact(node, 1), node.attributes.get_int("transB", 0)
+    m = _along(node, m, 1, matrix.shape[0 if transposed else 1])
+    scale = m.scale[:, None] if transposed else m.scale
     route.plan.write(node, 1, matrix * scale, weight(node, 1).dtype)
     if has_input(node, 2) or m.has_shift:
         _gemm_bias(route, node, m.scale * _beta_c(node) + m.shift)
@@ -82,8 +82,8 @@ def gemm_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
 def gemm_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> None:
     """Scale the rows of B'; ``beta C`` becomes ``beta C + alpha c B'`` with ``beta = 1``."""
     _require_data(node, index)
-    _require_axis(node, m, 0 if node.attributes.get_int("transA", 0) else 1)
     matrix, transposed = exact(node, 1), node.attributes.get_int("transB", 0)
+    m = _along(node, m, 0 if node.attributes.get_int("transA", 0) else 1, matrix.shape[1 if transposed else 0])
     route.plan.write(node, 1, matrix * (m.scale if transposed else m.scale[:, None]), weight(node, 1).dtype)
     if m.has_shift:
         moved = m.shift @ (matrix.T if transposed else matrix)
@@ -94,7 +94,7 @@ def matmul_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
     """Scale the output side of the constant factor; a shift becomes an Add behind."""
     side = _constant_side(node)
     matrix, total = exact(node, side), rank(node.outputs[0])
-    _require_axis(node, m, total - 1 if side else total - 2)
+    m = _along(node, m, total - 1 if side else total - 2, matrix.shape[-1 if side else -2])
     scale = m.scale if side else m.scale[:, None]
     route.plan.write(node, side, matrix * scale, weight(node, side).dtype)
     if m.has_shift:
@@ -105,7 +105,7 @@ def matmul_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> N
     """Scale the input side of the constant factor; a shift becomes an Add behind."""
     side = _constant_side(node)
     matrix, total = exact(node, side), rank(node.inputs[index])
-    _require_axis(node, m, total - 1 if side else total - 2)
+    m = _along(node, m, total - 1 if side else total - 2, matrix.shape[-2 if side else -1])
     route.plan.write(node, side, matrix * (m.scale[:, None] if side else m.scale), weight(node, side).dtype)
     if m.has_shift:
         moved = np.matmul(m.shift[None, :], matrix) if side else np.matmul(matrix, m.shift[:, None])
@@ -117,7 +117,7 @@ def norm_backwards(route: Route, node: ir.Node, m: ChannelMap) -> None:
     if node.op_type == "BatchNormalization":
         norm.require_inference(node, route.opset)
     total = rank(node.outputs[0]) if node.op_type == "LayerNormalization" else 2
-    _require_axis(node, m, total - 1)
+    m = _along(node, m, total - 1, weight(node, 1).shape[-1])
     if node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, total - 1):
         raise Refused(Reason.AXIS, f"the gain of {label(node)} has more axes than the channels")
     route.plan.write(node, 1, exact(node, 1) * m.scale, weight(node, 1).dtype)
@@ -131,8 +131,8 @@ def norm_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> Non
     """
     _require_data(node, index)
     norm.channel_map(node, route.opset)
-    _require_axis(node, m, 1)
     gain, bias, mean = (exact(node, i) for i in (1, 2, 3))
+    m = _along(node, m, 1, gain.size)
     route.plan.write(node, 1, gain * m.scale, weight(node, 1).dtype)
     moved = gain * (m.shift - mean + m.scale * mean) / norm.deviation(node)
     route.plan.write(node, 2, bias + moved, weight(node, 2).dtype)
@@ -174,9 +174,20 @@ def _pads(node: ir.Node, kernel: tuple[int, ...]) -> bool:
     return any(integers(node, "pads") or ())
 
 
-def _require_axis(node: ir.Node, m: ChannelMap, axis: int) -> None:
+def _along(node: ir.Node, m: ChannelMap, axis: int, size: int) -> ChannelMap:
+    """Return the map along the axis of a node's channels, of which there are so many.
+
+    Raises:
+        Refused: ``AXIS`` where it is along another one, or one of another number of channels.
+    """
+    if m.is_constant:
+        return m.spread(axis, size)
     if m.axis != axis:
-        raise Refused(Reason.AXIS, f"the norm acts on axis {m.axis} of {label(node)}, its channels lie on axis {axis}")
+        text = f"the map varies along axis {m.axis}, the channels of {label(node)} lie along axis {axis}"
+        raise Refused(Reason.AXIS, text)
+    if m.size != size:
+        raise Refused(Reason.AXIS, f"the map is one of {m.size} channels, {label(node)} has {size}")
+    return m
 
 
 def _require_data(node: ir.Node, index: int) -> None:

@@ -13,7 +13,9 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from normfuse import numerics
 from normfuse.base import Reason, Refused
 from normfuse.lowering.onnx_graph.channel_map import ChannelMap
 from normfuse.lowering.onnx_graph.routes import Route, register
@@ -120,9 +122,11 @@ def pad_forwards(route: Route, node: ir.Node, index: int, m: ChannelMap) -> None
         raise Refused(Reason.OPAQUE_OPERATION, f"{label(node)} reads the value as its input {index}")
 
     def before(value: float) -> np.ndarray:
-        if (m.scale == 0).any() and m.has_shift:
-            raise Refused(Reason.NONZERO_PADDING, f"{label(node)} pads channels whose scale is zero")
-        return (value - m.shift) / np.where(m.scale == 0, 1.0, m.scale)
+        found = numerics.preimage(torch.tensor(m.scale), torch.tensor(m.shift), value)
+        if found is None:
+            text = f"{label(node)} pads with {value:g}, which a map with a scale of zero makes another constant"
+            raise Refused(Reason.NONZERO_PADDING, text)
+        return found.numpy()
 
     _set_pad_value(route, node, m, before)
     route.forwards(node.outputs[0], m)

@@ -41,6 +41,15 @@ class ChannelMap:
         """Whether the map changes nothing."""
         return not self.has_shift and bool(np.all(self.scale == 1))
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is one scale and one shift for everything, so that its axis is no matter."""
+        return bool(np.ptp(self.scale) == 0 and np.ptp(self.shift) == 0)
+
+    def spread(self, axis: int, size: int) -> ChannelMap:
+        """Return a constant map as one along this axis, which has this size."""
+        return self.take(np.zeros(size, int), axis)
+
     def on(self, axis: int) -> ChannelMap:
         """Return the same vectors along another axis."""
         return replace(self, axis=axis)
@@ -68,6 +77,8 @@ def reshaped(m: ChannelMap, source: tuple[Dim, ...], target: tuple[Dim, ...], wh
     """
     if _same(source[: m.axis + 1], target[: m.axis + 1]):
         return m
+    if m.is_constant and target and isinstance(target[-1], int):
+        return m.spread(len(target) - 1, target[-1])
     source, target = _without_common_tail(source, target, m.axis)
     stride = _product(source[m.axis + 1 :])
     if stride is None:
@@ -76,8 +87,6 @@ def reshaped(m: ChannelMap, source: tuple[Dim, ...], target: tuple[Dim, ...], wh
         step = _product(target[axis + 1 :])
         if isinstance(size, int) and step and stride % step == 0 and (size * step) % (m.size * stride) == 0:
             return m.take(np.arange(size) // (stride // step) % m.size, axis)
-    if np.ptp(m.scale) == 0 and np.ptp(m.shift) == 0 and isinstance(target[-1], int):
-        return m.take(np.zeros(target[-1], int), len(target) - 1)
     raise Refused(Reason.AXIS, f"{where} reshapes {source} to {target}, which mixes channels")
 
 

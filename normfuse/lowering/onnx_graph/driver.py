@@ -15,7 +15,7 @@ from normfuse.base import Reason, Refusal, Refused
 from normfuse.lowering.onnx_graph import absorb, branch, follow, norm  # noqa: F401 - they fill the tables of the routes
 from normfuse.lowering.onnx_graph.channel_map import ChannelMap
 from normfuse.lowering.onnx_graph.plan import Names, remove_norm
-from normfuse.lowering.onnx_graph.routes import Route
+from normfuse.lowering.onnx_graph.routes import Route, named
 from normfuse.lowering.onnx_graph.values import is_standard, label
 from normfuse.report import Outcome, Status
 
@@ -50,7 +50,8 @@ def fold_norms(model: ir.Model, include: tuple[str, ...], exclude: tuple[str, ..
 def _fold_one(node: ir.Node, opset: int, names: Names) -> tuple[str, ...] | Refusal:
     """Fold one norm and return the names of what absorbed it, or why neither direction can."""
     try:
-        m = norm.channel_map(node, opset)
+        with named(node):
+            m = norm.channel_map(node, opset)
     except Refused as refused:
         return refused.refusal
     refusals = []

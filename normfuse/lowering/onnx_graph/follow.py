@@ -1,18 +1,21 @@
 """Operations that hand a per-channel map from input to output: they keep channels apart.
 
 They are linear with weights that sum to one (averages, interpolation), move elements (reshapes), or commute with the
-map under a condition: ``max(s x + c) = s max(x) + c`` for s >= 0; ``relu(s x) = s relu(x)`` for s >= 0 and no shift.
+map under a condition: ``max(s x + c) = s max(x) + c`` for s >= 0; ``relu(s x) = s relu(x)`` for s >= 0 and no shift;
+``relu(0 x + c) = relu(c)``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from normfuse import numerics
 from normfuse.base import Reason, Refused
 from normfuse.lowering.onnx_graph.channel_map import ChannelMap, reshaped
 from normfuse.lowering.onnx_graph.routes import Route, register_follow
-from normfuse.lowering.onnx_graph.values import constant, dims, has_input, integers, label, rank, size
+from normfuse.lowering.onnx_graph.values import constant, dims, exact, has_input, integers, label, rank, size
 
 
 def identity(route: Route, node: ir.Node, m: ChannelMap, forwards: bool) -> ChannelMap:
@@ -65,11 +68,29 @@ def maximum(route: Route, node: ir.Node, m: ChannelMap, forwards: bool) -> Chann
 
 
 def rectifier(route: Route, node: ir.Node, m: ChannelMap, forwards: bool) -> ChannelMap:
-    """Pass where no scale is negative and there is no shift."""
+    """Pass a scale that is not negative; a shift only in channels of scale 0: constants, which are rectified."""
+    if ((m.scale != 0) & (m.shift != 0)).any():
+        raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {label(node)} ({node.op_type})")
     _require_order(node, m)
-    if m.has_shift:
-        raise Refused(Reason.SIGN, f"a shift cannot pass {label(node)} ({node.op_type})")
-    return m
+    if not m.has_shift:
+        return m
+    slope, constants = (torch.from_numpy(np.array(v, np.float64)) for v in (_slope(node, m), m.shift))
+    shift = (numerics.rectified if forwards else numerics.unrectified)(constants, slope)
+    if bool(shift.isnan().any()):
+        text = f"a channel of scale zero is a negative constant behind {label(node)}, which makes no such value"
+        raise Refused(Reason.OPAQUE_OPERATION, text)
+    return m.with_shift(shift.numpy())
+
+
+def _slope(node: ir.Node, m: ChannelMap) -> np.ndarray:
+    """Return the slope of a rectifier below zero, one number or one for each channel of the map."""
+    if node.op_type != "PRelu":
+        return np.asarray(node.attributes.get_float("alpha", 0.01) if node.op_type == "LeakyRelu" else 0.0)
+    slope = exact(node, 1)
+    slope = slope.reshape((1,) * (rank(node.inputs[0]) - slope.ndim) + slope.shape)
+    if any(n != 1 for axis, n in enumerate(slope.shape) if axis != m.axis):
+        raise Refused(Reason.AXIS, f"the slope of {label(node)} varies along other axes than the channels")
+    return slope.reshape(-1)
 
 
 def reduction(route: Route, node: ir.Node, m: ChannelMap, forwards: bool) -> ChannelMap:

@@ -173,6 +173,8 @@ def vector(value: ir.Value | None, axes: tuple[int, ...], shape: tuple[object, .
         return None
     array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
     sizes = tuple(shape[axis] for axis in axes)
-    if any(n != 1 for axis, n in enumerate(array.shape) if axis not in axes) or not all(type(n) is int for n in sizes):
+    if not all(isinstance(n, int) for n in sizes):
+        return None
+    if any(n not in ((1, shape[axis]) if axis in axes else (1,)) for axis, n in enumerate(array.shape)):
         return None
     return np.broadcast_to(array, [n if i in axes else 1 for i, n in enumerate(shape)]).reshape(sizes)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ The rule of an operation that hands the map on, ``follow(node, map, forwards) ->
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +65,8 @@ class Route:
         if rule is None or value is not producer.outputs[0]:
             raise _opaque(producer)
         self._step(producer)
-        rule(self, producer, m)
+        with named(producer):
+            rule(self, producer, m)
 
     def forwards(self, value: ir.Value, m: ChannelMap) -> None:
         """Make every reader of ``value`` act as if it carried the map.
@@ -84,7 +86,8 @@ class Route:
             if rule is None:
                 raise _opaque(node)
             self._step(node)
-            rule(self, node, index, m)
+            with named(node):
+                rule(self, node, index, m)
 
     def add_after(self, value: ir.Value, array: np.ndarray, dtype: np.dtype) -> None:
         """Plan a constant added to a value; see :meth:`Plan.add_after`."""
@@ -118,6 +121,24 @@ class Route:
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise Refused(Reason.OPAQUE_OPERATION, f"the route is longer than {MAX_STEPS} steps at {label(node)}")
+
+
+@contextlib.contextmanager
+def named(node: ir.Node) -> Iterator[None]:
+    """Turn any error of a rule into a refusal that names the node: a fold never fails for one that it can leave.
+
+    Raises:
+        Refused: The rule's own, or that the node cannot be followed.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except (OSError, MemoryError):  # weights outside the file cannot be read: no matter of the graph
+        raise
+    except Exception as error:
+        text = f"{label(node)} ({node.op_type}) cannot be followed ({type(error).__name__})"
+        raise Refused(Reason.OPAQUE_OPERATION, text) from error
 
 
 def register(op_type: str, backward: Backward | None, forward: Forward | None) -> None:

@@ -36,10 +36,7 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     node = value.producer()
     if node is None or not is_standard(node):
         return None
-    if node.op_type == "Constant":
-        tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else tensor.numpy()
-    return _evaluated(node)
+    return _of_constant(node, value) if node.op_type == "Constant" else _evaluated(node)
 
 
 def weight(node: ir.Node, index: int) -> np.ndarray:
@@ -133,6 +130,15 @@ def require_sole_use(value: ir.Value) -> None:
         readers.append("the graph outputs")
     if len(readers) > 1:
         raise Refused(Reason.EXTRA_CONSUMER, f"{value.name} is read by {', '.join(readers)}")
+
+
+def _of_constant(node: ir.Node, value: ir.Value) -> np.ndarray | None:
+    """Return what a Constant node holds, None for a reference to an attribute of a function."""
+    attribute = node.attributes.get("value")
+    if attribute is not None:  # get_const_tensor would rename the tensor, which belongs to the user's model
+        return None if attribute.is_ref() else attribute.as_tensor().numpy()
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def _floating(array: np.ndarray, node: ir.Node) -> np.ndarray:

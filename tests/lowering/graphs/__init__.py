@@ -1,0 +1,1 @@
+"""Random ONNX graphs around norms, and what a fold of one must satisfy."""
