@@ -22,6 +22,7 @@ from normfuse.capture import capture
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph
 from normfuse.product_calls import ProductCall, shape_of_bias
+from normfuse.shown_tensors import shown_tensor
 
 _FOUND: weakref.WeakKeyDictionary[ModelGraph, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -114,7 +115,7 @@ def _steps(graph: ModelGraph, biases: Mapping[str, str | None]) -> list[Any]:
         call = calls.get(node)
         if node.op == "get_attr":
             index[node] = str(node.target)
-        elif not (graph.is_constant(node) and product_calls.shown_tensor(node, graph)[0] in biases.values()):
+        elif not (graph.is_constant(node) and shown_tensor(node, graph)[0] in biases.values()):
             given: Any = (node.args, dict(node.kwargs))
             if call is not None and call.weight in biases:
                 rest = {key: value for key, value in arguments_of(node).items() if key != "bias"}

@@ -116,14 +116,12 @@ def of_norm(norm: Norm, graph: ModelGraph) -> Gain | None:
     """Return the gain and shift that end a norm by its own statistics, None for other norms and those without.
 
     Raises:
-        Refused: They are computed, or differ from call to call.
+        Refused: They are computed.
     """
     gains = [g for node in norm.nodes if (g := _of_leaf(norm, node, graph) or _of_function(norm, node, graph))]
     if not gains or len(gains) != len(norm.nodes):
         return None
     first = gains[0]
-    if any((g.scale, g.shift, g.axis) != (first.scale, first.shift, first.axis) for g in gains):
-        raise Refused(Reason.SHARED_MODULE, f"{norm.name} is called with different parameters")
     first.calls = [call for gain in gains for call in gain.calls]
     return first if first.tensors else None
 

@@ -1,8 +1,7 @@
 """Which parts of a captured model are norms, and which of those are fixed affine maps.
 
 A norm is a module (a torch norm, a known third-party one, or a class that is named like one), a call of a torch norm
-function such as ``F.batch_norm`` on an activation, or a norm written out in torch operations. A call on the parameters
-of a norm module belongs to that module.
+function such as ``F.batch_norm`` on an activation, or a norm written out in torch operations.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normfuse import adapters, constant_maps, numerics, written_norms
+from normfuse import adapters, constant_maps, norm_calls, numerics, written_norms
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.call_arguments import arguments_of
@@ -31,7 +30,6 @@ from normfuse.written_norms import WrittenNorm
 _TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
 _NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$|[a-z]BN$|^(I?GDN\w{0,2}|RN_(B|L|binarylabel)|LayerScaling)$")
 _HOLDS_LAYERS = ("LearnedRegionNorm", "RN_L")  # norms that make their gain and shift with layers of their own
-_NORM_FUNCTIONS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm")
 
 
 @dataclass(slots=True)
@@ -66,8 +64,10 @@ def is_norm(module: nn.Module) -> bool:
 def find_norms(graph: ModelGraph) -> list[Norm]:
     """Return every norm of the model once: the reached ones in order of execution, then the others."""
     norms = {name: Norm(name, type(m).__name__, name) for name, m in _norm_modules(graph.root)}
-    for node in graph.nodes:
-        _attach(node, graph, norms)
+    for norm in norms.values():
+        norm.nodes = list(graph.call_sites(norm.name))
+    for name, module, nodes in norm_calls.groups(graph, norms):
+        norms.setdefault(name, Norm(name, function_name(nodes[0]), module)).nodes = nodes
     for written in written_norms.find(graph):
         _attach_written(written, graph, norms)
     for call in graph.calls:  # a norm of our own naming that calls no torch norm was still reached
@@ -81,22 +81,12 @@ def _norm_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from ((n, m) for n, m in root.named_modules() if is_norm(m) and ".parametrizations." not in f".{n}")
 
 
-def _attach(node: fx.Node, graph: ModelGraph, norms: dict[str, Norm]) -> None:
-    if node.op == "call_module" and str(node.target) in norms:
-        norms[str(node.target)].nodes.append(node)
-    elif function_name(node) in _NORM_FUNCTIONS and not graph.is_constant(node):
-        owner = _owner(node, norms)
-        name = owner or f"{_scope_name(node)}:{function_name(node)}"
-        if owner is None and name in norms and not _same_call(node, norms[name].nodes[0]):
-            name = f"{name}_{sum(key.startswith(name) for key in norms)}"
-        norms.setdefault(name, Norm(name, function_name(node), owner)).nodes.append(node)
-
-
 def _attach_written(written: WrittenNorm, graph: ModelGraph, norms: dict[str, Norm]) -> None:
     """Add a norm that is written out, where it is not the inside of a module that is a norm."""
     if any(call.name in norms for call in written.node.meta.get("scope", ())):
         return
-    name, run = f"{_scope_name(written.node)}:{written.kind}", written.node.meta.get("run", 0)
+    name = f"{norm_calls.scope_name(written.node)}:{written.kind}"
+    run = written.node.meta.get("run", 0)
     alike = [norm for key, norm in norms.items() if key.startswith(name)]
     before = sum(norm.nodes[-1].meta.get("run", 0) == run for norm in alike)
     name = f"{name}_{before}" if before else name
@@ -110,29 +100,6 @@ def _attach_call(call: ModuleCall, norm: Norm, graph: ModelGraph) -> None:
     if found is not None:
         norm.maps[found.nodes[-1]] = found
     norm.nodes.extend(graph.body(call)[:1] if found is None else found.nodes[-1:])
-
-
-def _owner(node: fx.Node, norms: dict[str, Norm]) -> str | None:
-    """Return the norm module on whose parameters, or inside whose forward, the function is called."""
-    for source in node.all_input_nodes:
-        if source.op == "get_attr" and str(source.target).rpartition(".")[0] in norms:
-            return str(source.target).rpartition(".")[0]
-    return next((call.name for call in reversed(node.meta.get("scope", ())) if call.name in norms), None)
-
-
-def _scope_name(node: fx.Node) -> str:
-    scope = node.meta.get("scope", ())
-    return scope[-1].name if scope else ""
-
-
-def _same_call(node: fx.Node, other: fx.Node) -> bool:
-    return node.target == other.target and _named(node.args[1:]) == _named(other.args[1:])
-
-
-def _named(arguments: tuple[Any, ...]) -> list[str]:
-    """Return arguments as text; a tensor of the model by its own name, which is the same in every run."""
-    tensors = [isinstance(argument, fx.Node) and argument.op == "get_attr" for argument in arguments]
-    return [str(a.target if own else a) for a, own in zip(arguments, tensors, strict=True)]
 
 
 @torch.no_grad()

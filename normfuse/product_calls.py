@@ -17,13 +17,12 @@ from normfuse.base import Reason, Refused
 from normfuse.call_arguments import arguments_of
 from normfuse.graph import ModelGraph, function_name
 from normfuse.operations import describe
+from normfuse.shown_tensors import shown_tensor
 
 Kind = Literal["conv", "linear", "embedding", "norm", "attention"]
 _CONVOLUTIONS = {f"conv{t}{n}d": t == "_transpose" for t in ("", "_transpose") for n in (1, 2, 3)}
 _PRODUCTS = ("matmul", "mm")
 _NORMS = ("layer_norm", "rms_norm", "batch_norm", "instance_norm", "group_norm")
-_UNCHANGED = ("data", "detach", "alias", "contiguous", "clone", "lift_fresh")
-_TRANSPOSES = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +121,3 @@ def _named(node: fx.Node, call: fx.Node, graph: ModelGraph) -> tuple[str, bool]:
         text = f"what {describe(call, graph).label} multiplies by is computed at every call"
         raise Refused(Reason.PARAMETRIZED, text, "materialize it first")
     return name, flipped
-
-
-def shown_tensor(node: fx.Node, graph: ModelGraph) -> tuple[str | None, bool]:
-    """Return the name of the tensor of the model that a constant is, as it is or transposed; None if it is computed."""
-    flipped = False
-    while node.op != "get_attr":
-        name, source = function_name(node), next(iter(node.all_input_nodes), None)
-        if source is None or not (name in _UNCHANGED or _transposes(node, name, graph)):
-            return None, False
-        flipped, node = flipped != (name in _TRANSPOSES), source
-    return str(node.target), flipped
-
-
-def _transposes(node: fx.Node, name: str, graph: ModelGraph) -> bool:
-    """Whether a node swaps the two axes of a matrix."""
-    if name not in _TRANSPOSES or graph.value(node.all_input_nodes[0]).dim() != 2:
-        return False
-    given = [axis % 2 for part in (*node.args[1:], *node.kwargs.values()) for axis in _flat(part)]
-    return not given or given == [1, 0] or (name != "permute" and given == [0, 1])
-
-
-def _flat(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

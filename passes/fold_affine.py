@@ -178,7 +178,8 @@ def _runs_without(gain: Gain, graph: ModelGraph) -> bool:
     if all(call.node.op == "call_module" for call in gain.calls):
         return not any(node.op == "get_attr" and node.target in gain.tensors for node in graph.nodes)
     module = graph.module(norm.module)
-    return all(_runs_on_none(module, call.inputs, gain, graph) for call in graph.calls_of(norm.module))
+    calls = graph.calls_of(norm.module)
+    return bool(calls) and all(_runs_on_none(module, call.inputs, gain, graph) for call in calls)
 
 
 def _runs_on_none(module: Any, inputs: tuple[fx.Node, ...], gain: Gain, graph: ModelGraph) -> bool:

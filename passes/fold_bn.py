@@ -27,8 +27,10 @@ from normfuse.graph import ModelGraph
 from normfuse.layers.power_norm import GroupScaling, PowerNorm
 from normfuse.legality import finish, require_replaceable, require_saved
 from normfuse.norms import Norm
+from normfuse.operations import describe
 from normfuse.routes import Plan, Router, joined, pad_edits
 from normfuse.scopes import common_tail
+from normfuse.shown_tensors import shown_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +84,18 @@ class FoldBN(Pass):
 
 
 def _require_own_readers(norm: Norm, graph: ModelGraph) -> None:
-    """Refuse where anything but its calls reads the parameters of a layer that would be replaced."""
-    if norm.module is None or not all(node.op == "call_module" for node in norm.nodes):
-        return
-    for key in graph.module(norm.module)._parameters:
+    """Refuse where code outside of a norm module reads its tensors: the module may be replaced."""
+    module = graph.module(norm.module) if norm.module is not None else None
+    for key in (*module._parameters, *module._buffers) if module is not None else ():
         name = f"{norm.module}.{key}"
-        other = next((use for use in graph.uses(name) if use not in norm.nodes), None)
+        other = next((use for use in graph.uses(name) if not _is_inside(use, norm)), None)
         if other is not None and len(graph.owners(name)) == 1:
-            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {other.name}")
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {describe(other, graph).label}")
+
+
+def _is_inside(node: fx.Node, norm: Norm) -> bool:
+    """Whether a node is a call of the norm, or stands in the ``forward`` of its module."""
+    return node in norm.nodes or any(call.name == norm.module for call in node.meta.get("scope", ()))
 
 
 def _find(norm: Norm, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:
@@ -182,10 +188,24 @@ def _neutral(norm: Norm, graph: ModelGraph) -> dict[str, Tensor]:
     for key, make in makers.items():
         source = given.get(key)
         if isinstance(source, fx.Node):
-            if source.op != "get_attr" or len(graph.uses(str(source.target))) > len(norm.nodes):
-                raise Refused(Reason.PARAMETRIZED, f"{key} of {norm.name} is computed or read elsewhere")
-            require_saved(str(source.target), graph)
-            tensors[str(source.target)] = make(graph.tensor(str(source.target)).detach().double())
+            name = _own_tensor(source, key, norm, graph)
+            tensors[name] = make(graph.tensor(name).detach().double())
     if all(torch.equal(new.to(graph.tensor(name)), graph.tensor(name)) for name, new in tensors.items()):
         raise Refused(Reason.NOT_CHEAPER, f"{norm.name} changes nothing already, only its call is left")
     return tensors
+
+
+def _own_tensor(source: fx.Node, key: str, norm: Norm, graph: ModelGraph) -> str:
+    """Return the name of the tensor that a norm takes as its argument ``key``, if only the calls of the norm read it.
+
+    Raises:
+        Refused: It is computed, read elsewhere, or no part of what is saved of the model.
+    """
+    name, _ = shown_tensor(source, graph)
+    if name is None:
+        raise Refused(Reason.PARAMETRIZED, f"{key} of {norm.name} is computed at every call")
+    other = next((use for use in graph.uses(name) if use not in norm.nodes), None)
+    if other is not None:
+        raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {describe(other, graph).label}")
+    require_saved(name, graph)
+    return name

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from normfuse.base import Reason
-from tests.passes.affine_models import IMAGE, TOKENS, Calls, Scale, folded, outcome, refusal
+from tests.passes.affine_models import IMAGE, TOKENS, Calls, Scale, folded, outcome, randomised, refusal
 
 # refusals
 
@@ -120,8 +120,12 @@ class SwitchingLayerNorm(nn.Module):
         return F.layer_norm(x, (4,), (self.first, self.second)[which])
 
 
-def test_refuses_a_norm_with_a_gain_per_call():
-    assert refusal(TwoGains(), TOKENS, "layer_norm").reason is Reason.SHARED_MODULE
+def test_a_gain_per_call_is_a_norm_per_gain():
+    """The first is read by the second, which no gain passes; the second by the layer."""
+    found = refusal(TwoGains(), TOKENS, "layer_norm")
+    assert found.reason is Reason.OPAQUE_OPERATION
+    assert "layer_norm in layer_norm" in found.detail
+    assert outcome(folded(randomised(TwoGains()), TOKENS), "layer_norm:layer_norm").partners == ("linear",)
 
 
 def test_refuses_when_the_rank_is_unknown():
