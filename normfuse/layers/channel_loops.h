@@ -50,24 +50,36 @@ void multiply(T* __restrict out, const T* __restrict in, T factor, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = factor * in[i];
 }
 
+// The sum of some products, and of their squares.
 template <typename T>
-T dot(const T* one, const T* other, int64_t count) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += one[i] * other[i];
-  return sum;
+struct Sums {
+  T products = 0, squares = 0;
+};
+
+template <typename T>
+Sums<T> dot(const T* one, const T* other, int64_t count) {
+  T sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, squares)
+  for (int64_t i = 0; i < count; ++i) {
+    const T product = one[i] * other[i];
+    sum += product;
+    squares += product * product;
+  }
+  return {sum, squares};
 }
 
 // Multiply one by a factor; return its dot product as it was.
 template <typename T>
-T dot_and_multiply(T* __restrict one, const T* __restrict other, T factor, int64_t count) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
+Sums<T> dot_and_multiply(T* __restrict one, const T* __restrict other, T factor, int64_t count) {
+  T sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, squares)
   for (int64_t i = 0; i < count; ++i) {
-    sum += one[i] * other[i];
+    const T product = one[i] * other[i];
+    sum += product;
+    squares += product * product;
     one[i] *= factor;
   }
-  return sum;
+  return {sum, squares};
 }
 
 // Write a W to out.
@@ -89,17 +101,19 @@ Tensor scaled(const Tensor& weight, const Tensor& scale) {
   return made;
 }
 
-// Return <V, W>, and multiply V by a vector, if there is one, on the way.
+// Return <V, W> and the sums of the squared products, (2, C), and multiply V by a vector, if there is one, on the way.
 template <typename T>
 Tensor dots(const Tensor& gradient, const Tensor& weight, const Tensor& scale) {
-  Tensor sums = at::empty({weight.size(0)}, weight.options());
-  const int64_t width = weight.numel() / weight.size(0);
+  const int64_t channels = weight.size(0), width = weight.numel() / channels;
+  Tensor sums = at::empty({2, channels}, weight.options());
   const T *w = weight.const_data_ptr<T>(), *a = pointer<T>(scale);
   T *v = gradient.data_ptr<T>(), *out = sums.data_ptr<T>();
-  over_channels<T>(sums, width, [=](int64_t first, int64_t last) {
+  over_channels<T>(sums[0], width, [=](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = c * width;
-      out[c] = a ? dot_and_multiply<T>(v + at, w + at, a[c], width) : dot<T>(v + at, w + at, width);
+      const Sums<T> sum = a ? dot_and_multiply<T>(v + at, w + at, a[c], width) : dot<T>(v + at, w + at, width);
+      out[c] = sum.products;
+      out[channels + c] = sum.squares;
     }
   });
   return sums;

@@ -24,11 +24,20 @@ struct Geometry {
     return at::convolution(x, weight, bias, stride, padding, dilation, false, zeros(), groups);
   }
 
-  std::tuple<Tensor, Tensor, Tensor> gradients(
-      const Tensor& grad, const Tensor& x, const Tensor& weight, std::array<bool, 3> needed) const {
-    const std::vector<int64_t> sizes{weight.size(0)};
-    return at::convolution_backward(
-        grad, x, weight, at::OptionalIntArrayRef(sizes), stride, padding, dilation, false, zeros(), groups, needed);
+  // Return the gradients of the input and of the weight.
+  std::tuple<Tensor, Tensor> gradients(
+      const Tensor& grad, const Tensor& x, const Tensor& weight, bool for_x, bool for_weight) const {
+    auto [dx, dw, none] = at::convolution_backward(
+        grad, x, weight, at::OptionalIntArrayRef(), stride, padding, dilation, false, zeros(), groups,
+        {for_x, for_weight, false});
+    return {dx, dw};
+  }
+
+  // Return S; oneDNN's, made one by one, is less precise.
+  Tensor total(const Tensor& grad) const {
+    std::vector<int64_t> axes{0};
+    for (int64_t axis = 2; axis < grad.dim(); ++axis) axes.push_back(axis);
+    return grad.sum(axes);
   }
 
   // Return the number of elements of the output.
@@ -41,6 +50,8 @@ struct Geometry {
     return count;
   }
 };
+
+constexpr double kCancellation = 4;  // as in gain_gradient.py
 
 // The vectors of a norm, (C,); gain, shift and bias may be undefined.
 struct Norm {
@@ -75,14 +86,22 @@ struct Norm {
     return shift.defined() ? shift + centred : centred;
   }
 
-  // Turn <V, W> into dJ/dgamma, in place.
+  // Turn <V, W> into r (<V, W> + (b - mean) S), in place; both sums of dots are divided by a vector, if there is one.
+  // Return whether the terms cancel so far that it is not precise: see gain_gradient.py.
   template <typename T>
-  void finish(Tensor& dots, const Tensor& total) const {
+  bool finish(Tensor& dots, const Tensor& total, const Tensor& by) const {
     const T *t = pointer<T>(total), *m = pointer<T>(mean), *b = pointer<T>(bias), *v = pointer<T>(var);
-    const T e = static_cast<T>(eps);
-    T* d = dots.data_ptr<T>();
-#pragma omp simd
-    for (int64_t c = 0; c < dots.numel(); ++c) d[c] = (d[c] + ((b ? b[c] : 0) - m[c]) * t[c]) / std::sqrt(v[c] + e);
+    const T *a = pointer<T>(by), e = static_cast<T>(eps);
+    const int64_t channels = mean.numel();
+    T *d = dots.data_ptr<T>(), *squares = d + channels;
+    double made = 0, terms = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      const T one = a ? 1 / a[c] : 1, r = 1 / std::sqrt(v[c] + e), centred = ((b ? b[c] : 0) - m[c]) * t[c];
+      d[c] = (d[c] * one + centred) * r;
+      made += static_cast<double>(d[c]) * d[c];
+      terms += (static_cast<double>(squares[c]) * one * one + static_cast<double>(centred) * centred) * r * r;
+    }
+    return terms > kCancellation * kCancellation * made;
   }
 };
 

@@ -1,11 +1,10 @@
-// What a convolution that is not trained multiplies by and adds, kept for as long as it is right: see fixed_factors.py.
+// The vectors by which a convolution that is not trained scales and shifts, kept while right: see fixed_factors.py.
 
 #pragma once
 
 #include <c10/core/InferenceMode.h>
 #include <torch/custom_class.h>
 
-#include <algorithm>
 #include <array>
 #include <cstring>
 #include <memory>
@@ -18,88 +17,62 @@
 
 namespace normfuse {
 
-constexpr int64_t kWorth = 4, kPieces = 8, kPieceBytes = 64;  // as in fixed_factors.py and kept.py
+constexpr int64_t kWorth = 4;  // as in fixed_factors.py
 
-// Where a dense tensor was and what it held there, whole or in some pieces; or that there was none.
+// Where a vector was and what it held there, bit for bit; or that there was none.
 class Look {
  public:
   Look() = default;
 
-  Look(const Tensor& tensor, int64_t pieces) {
-    if (!tensor.defined()) return;
-    place_ = static_cast<const char*>(tensor.const_data_ptr());
-    sizes_ = tensor.sizes().vec();
-    strides_ = tensor.strides().vec();
-    extent_ = static_cast<int64_t>(tensor.nbytes());
-    step_ = std::max<int64_t>(1, extent_ / pieces);
-    width_ = pieces == 1 ? extent_ : kPieceBytes;
-    for (int64_t at = 0; at < extent_; at += step_) seen_.append(place_ + at, width(at));
+  explicit Look(const Tensor& vector) {
+    if (!vector.defined()) return;
+    place_ = static_cast<const char*>(vector.const_data_ptr());
+    seen_.assign(place_, vector.nbytes());
   }
 
-  bool is_that_of(const Tensor& tensor) const {
-    if (!tensor.defined() || tensor.const_data_ptr() != place_) return !tensor.defined() && !place_;
-    if (tensor.sizes() != sizes_ || tensor.strides() != strides_) return false;
-    const char* seen = seen_.data();
-    for (int64_t at = 0; at < extent_; seen += width(at), at += step_)
-      if (std::memcmp(place_ + at, seen, width(at)) != 0) return false;
-    return true;
+  bool is_that_of(const Tensor& vector) const {
+    if (!vector.defined() || vector.const_data_ptr() != place_) return !vector.defined() && !place_;
+    return vector.nbytes() == seen_.size() && std::memcmp(place_, seen_.data(), seen_.size()) == 0;
   }
 
  private:
-  size_t width(int64_t at) const { return static_cast<size_t>(std::min(width_, extent_ - at)); }
-
   const char* place_ = nullptr;
-  std::vector<int64_t> sizes_, strides_;
-  int64_t extent_ = 0, step_ = 1, width_ = 0;
   std::string seen_;
 };
 
-// a W, or a where the output is scaled, and a (b - mean) + beta; beside the look of what they were made from.
+// a and a (b - mean) + beta; beside the look of what they were made from.
 class Factors {
  public:
   template <typename T>
-  static std::shared_ptr<Factors> make(const Tensor& weight, const Norm& norm, bool on_output) {
+  explicit Factors(const Norm& norm, T) : eps_(norm.eps), dtype_(norm.mean.scalar_type()) {
     const c10::InferenceMode normal(false);
-    auto made = std::make_shared<Factors>();
-    const Tensor scale = norm.scale<T>();
-    made->offset = norm.offset<T>(scale);
-    made->factor = on_output ? scale : at::empty_like(weight);
-    if (!on_output) multiply_channels<T>(made->factor, weight, scale);
-    return made;
+    scale = norm.scale<T>();
+    offset = norm.offset<T>(scale);
   }
 
-  void look_at(const Tensor& weight, const Norm& norm, bool on_output) {
-    eps_ = norm.eps;
-    dtype_ = weight.scalar_type();
-    if (!on_output) {
-      version_ = weight._version();
-      weight_ = Look(weight, kPieces);
-    }
+  void look_at(const Norm& norm) {
     const auto from = vectors(norm);
-    for (size_t i = 0; i < from.size(); ++i) vectors_[i] = Look(*from[i], 1);
+    for (size_t i = 0; i < from.size(); ++i) looks_[i] = Look(*from[i]);
   }
 
-  bool are_of(const Tensor& weight, const Norm& norm, bool on_output) const {
-    if (eps_ != norm.eps || dtype_ != weight.scalar_type()) return false;
-    if (!on_output && (version_ != weight._version() || !weight_.is_that_of(weight))) return false;
+  bool are_of(const Norm& norm) const {
+    if (eps_ != norm.eps || dtype_ != norm.mean.scalar_type()) return false;
     const auto from = vectors(norm);
     for (size_t i = 0; i < from.size(); ++i)
-      if (!vectors_[i].is_that_of(*from[i])) return false;
+      if (!looks_[i].is_that_of(*from[i])) return false;
     return true;
   }
 
-  Tensor factor, offset;
+  Tensor scale, offset;
 
  private:
   static std::array<const Tensor*, 5> vectors(const Norm& norm) {
     return {&norm.bias, &norm.gain, &norm.shift, &norm.mean, &norm.var};
   }
 
-  double eps_ = 0;
-  at::ScalarType dtype_ = at::kFloat;
-  uint32_t version_ = 0;
-  Look weight_;
-  std::array<Look, 5> vectors_;
+  double eps_;
+  at::ScalarType dtype_;
+  std::array<Look, 5> looks_;
 };
 
 // The geometry of a convolution, and what is kept for it from call to call.
@@ -114,30 +87,26 @@ class KeptConvolution : public torch::CustomClassHolder {
   }
 
   template <typename T>
-  std::shared_ptr<const Factors> factors(const Tensor& weight, const Norm& norm, bool on_output, bool keeps) {
-    if (!keeps) return Factors::make<T>(weight, norm, on_output);
+  std::shared_ptr<const Factors> factors(const Norm& norm, bool keeps) {
+    if (!keeps) return std::make_shared<Factors>(norm, T());
     const std::lock_guard<std::mutex> lock(mutex_);  // several threads may run one model
-    auto& kept = kept_[on_output];
-    if (!kept || !kept->are_of(weight, norm, on_output)) {
-      auto made = Factors::make<T>(weight, norm, on_output);
-      made->look_at(weight, norm, on_output);
-      kept = made;
+    if (!kept_ || !kept_->are_of(norm)) {
+      auto made = std::make_shared<Factors>(norm, T());
+      made->look_at(norm);
+      kept_ = made;
     }
-    return kept;
+    return kept_;
   }
 
-  // Return what is kept: a W and its offset, then a and its offset.
+  // Return what is kept: a and the offset.
   std::vector<Tensor> held() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<Tensor> found;
-    for (const auto& kept : kept_)
-      if (kept) found.insert(found.end(), {kept->factor, kept->offset});
-    return found;
+    return kept_ ? std::vector<Tensor>{kept_->scale, kept_->offset} : std::vector<Tensor>();
   }
 
  private:
   std::mutex mutex_;
-  std::array<std::shared_ptr<const Factors>, 2> kept_;
+  std::shared_ptr<const Factors> kept_;
 };
 
 }  // namespace normfuse

@@ -41,16 +41,19 @@ bool is_trained(const Tensor& tensor) { return tensor.defined() && tensor.requir
 // Return z where neither the weight nor the gain is trained.
 template <typename T>
 Tensor fixed(const Tensor& x, const Tensor& weight, const Norm& norm, KeptConvolution& pair, bool keeps) {
-  keeps = keeps && !weight.is_inference();  // which has no version
-  const bool on_output = pair.geometry.outputs(x, weight) < (keeps ? kWorth : 1) * weight.numel();
-  const auto factors = pair.factors<T>(weight, norm, on_output, keeps);
+  const auto factors = pair.factors<T>(norm, keeps);
   const bool trains_offset = is_trained(norm.bias) || is_trained(norm.shift);
-  const Tensor offset = trains_offset ? norm.differentiable_offset(norm.scale<T>()) : factors->offset;
-  if (!on_output) return pair.geometry.run(x, factors->factor, offset);
+  const bool has_gradient = trains_offset || is_trained(x);  // then autograd keeps the weight that multiplies
+  const Tensor offset = trains_offset ? norm.differentiable_offset(factors->scale) : factors->offset;
+  if (pair.geometry.outputs(x, weight) >= (has_gradient ? kWorth : 1) * weight.numel()) {
+    const Tensor factor = has_gradient ? at::empty_like(weight) : scratch(weight);
+    multiply_channels<T>(factor, weight, factors->scale);
+    return pair.geometry.run(x, factor, offset);
+  }
   Tensor z = pair.geometry.run(x, weight, Tensor());
-  if (z.requires_grad() || trains_offset)
-    return z.mul_(per_channel(factors->factor, z.dim() - 2)).add_(per_channel(offset, z.dim() - 2));
-  affine<T>(z, z, factors->factor, offset);
+  if (has_gradient)
+    return z.mul_(per_channel(factors->scale, z.dim() - 2)).add_(per_channel(offset, z.dim() - 2));
+  affine<T>(z, z, factors->scale, offset);
   return z;
 }
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from normfuse import native
+from normfuse.layers.fixed_statistics import Statistics
 from normfuse.layers.kept import Kept
 from normfuse.layers.products import Convolution, Product
-from normfuse.layers.scaled import Statistics, plain
+from normfuse.layers.scaled import plain
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 Maker = Callable[..., Any]  # of the object that runs a convolution of some geometry

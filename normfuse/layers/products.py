@@ -34,6 +34,10 @@ class Product(Protocol):
         """Return the gradients of ``x``, the weight and, in ``dtype``, a bias; None where not needed."""
         ...
 
+    def total(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum of the gradient of the output over all but the channels, ``(out,)``, in ``dtype``."""
+        ...
+
     def by_output(self, weight: Tensor) -> Tensor:
         """Return a view of the weight in which the output channels are the axes that :meth:`per_output` fills."""
         ...
@@ -68,15 +72,15 @@ class Convolution(NamedTuple):
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: Needed, dtype: torch.dtype) -> Gradients:
         """Return the gradients of ``x``, the weight and, in ``dtype``, a bias; None where not needed."""
         for_x, for_weight, for_bias = needed
-        along = for_bias and for_weight and grad.dtype is dtype  # oneDNN has it at hand with that of the weight
-        dx, dw, db = None, None, None
+        dx, dw = None, None
         if for_x or for_weight:
             run = torch.ops.aten.convolution_backward.default
-            sizes = [grad.shape[1]] if along else None
-            dx, dw, db = run(grad, x, weight, sizes, *self._geometry(), [for_x, for_weight, along])
-        if for_bias and not along:
-            db = grad.sum((0, *range(2, grad.dim())), dtype=dtype)
-        return dx if for_x else None, dw if for_weight else None, db if for_bias else None
+            dx, dw, _ = run(grad, x, weight, None, *self._geometry(), [for_x, for_weight, False])
+        return dx if for_x else None, dw if for_weight else None, self.total(grad, dtype) if for_bias else None
+
+    def total(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over all but the channels, in ``dtype``; oneDNN's, made one by one, is less precise."""
+        return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
 
     def _geometry(self) -> Any:
         output_padding = self.output_padding or (0,) * len(self.stride)
@@ -119,10 +123,13 @@ class Matrix:
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needed: Needed, dtype: torch.dtype) -> Gradients:
         """Return the gradients of ``x``, the weight and, in ``dtype``, a bias; None where not needed."""
-        rows = grad.reshape(-1, grad.shape[-1])
         dx = grad @ weight if needed[0] else None
-        dw = rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
-        return dx, dw, rows.sum(0, dtype=dtype) if needed[2] else None
+        dw = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
+        return dx, dw, self.total(grad, dtype) if needed[2] else None
+
+    def total(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over all but the channels, ``(out,)``, in ``dtype``."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
 
     def by_output(self, weight: Tensor) -> Tensor:
         """Return the weight, ``(out, in)``."""

@@ -5,8 +5,8 @@
 //     z = (a W) x + a (b - mean) + beta        a = gamma r        r = 1 / sqrt(var + eps)
 //     dJ/dW = a V    dJ/db = a S    dJ/dbeta = S    dJ/dgamma = r (<V, W> + (b - mean) S)    dJ/dx = (a W)^T G
 //
-// What it spares is what the interpreter does between two convolutions, and a pass over the weights: <V, W> and a V are
-// made in one.
+// What it spares is what the interpreter does between two convolutions, and passes over the weights: <V, W>, the size
+// of its terms and a V are made in one.
 
 #pragma once
 
@@ -43,27 +43,35 @@ enum Input { X, WEIGHT, BIAS, GAIN, SHIFT, MEAN, VAR };
 constexpr size_t kInputs = 9;  // of the autograd function
 using Needed = std::array<bool, 5>;
 
+// Return dJ/dgamma as eval mode takes it.
+inline Tensor gain_gradient_from_output(
+    const Geometry& geometry, const Norm& norm, const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  const Tensor y = geometry.run(x, weight, norm.bias);
+  return std::get<1>(at::native_batch_norm_backward(
+      grad, y, norm.gain, norm.mean, norm.var, Tensor(), Tensor(), false, norm.eps, {false, true, false}));
+}
+
 template <typename T>
 variable_list first_gradients(
     const Geometry& geometry, const Norm& norm, const Tensor& grad, const Tensor& x, const Tensor& weight, bool on_output,
     Needed needed) {
-  const Tensor scale = norm.scale<T>();
+  const Tensor scale = norm.scale<T>(), none;
   const bool for_v = needed[WEIGHT] || needed[GAIN], for_total = needed[BIAS] || needed[GAIN] || needed[SHIFT];
+  const Tensor total = for_total ? geometry.total(grad) : none;
   Tensor given = grad, factor = weight;
   if (on_output) {
     given = scratch(grad);
-    affine<T>(given, grad, scale, Tensor());
+    affine<T>(given, grad, scale, none);
   } else if (needed[X]) {
     factor = scaled<T>(weight, scale);
   }
-  auto [dx, v, total] = geometry.gradients(given, x, factor, {needed[X], for_v, for_total});
+  auto [dx, v] = geometry.gradients(given, x, factor, needed[X], for_v);
   if (for_v && v.strides() != weight.strides()) v = at::empty_like(weight).copy_(v);
-  if (for_total && on_output) total.div_(scale);
   variable_list made(kInputs);
   if (needed[GAIN]) {
-    made[GAIN] = dots<T>(v, weight, on_output || !needed[WEIGHT] ? Tensor() : scale);
-    if (on_output) made[GAIN].div_(scale);
-    norm.finish<T>(made[GAIN], total);
+    Tensor sums = dots<T>(v, weight, on_output || !needed[WEIGHT] ? none : scale);
+    const bool cancels = norm.finish<T>(sums, total, on_output ? scale : none);
+    made[GAIN] = cancels ? gain_gradient_from_output(geometry, norm, grad, x, weight) : sums[0];
   } else if (for_v && !on_output) {
     v.mul_(per_channel(scale, geometry.stride.size() + 1));
   }
@@ -75,18 +83,20 @@ variable_list first_gradients(
 }
 
 // The same by operations that have gradients of their own.
-variable_list differentiable_gradients(
+inline variable_list differentiable_gradients(
     const Geometry& geometry, const Norm& norm, const Tensor& grad, const Tensor& x, const Tensor& weight,
     Needed needed) {
   const Tensor rstd = at::rsqrt(norm.var + norm.eps), scale = norm.gain.defined() ? rstd * norm.gain : rstd;
-  const Tensor column = per_channel(scale, geometry.stride.size() + 1);
-  const auto [dx, v, total] = geometry.gradients(grad, x, weight * column, {needed[X], true, true});
-  const Tensor centre = norm.bias.defined() ? norm.bias - norm.mean : -norm.mean;
+  const Tensor column = per_channel(scale, geometry.stride.size() + 1), total = geometry.total(grad);
+  const auto [dx, v] = geometry.gradients(grad, x, weight * column, needed[X], true);
   variable_list made(kInputs);
   if (needed[X]) made[X] = dx;
   if (needed[WEIGHT]) made[WEIGHT] = v * column;
   if (needed[BIAS]) made[BIAS] = scale * total;
-  if (needed[GAIN]) made[GAIN] = rstd * ((v * weight).flatten(1).sum(1) + centre * total);
+  if (needed[GAIN]) {
+    const Tensor y = geometry.run(x, weight, norm.bias) - per_channel(norm.mean, x.dim() - 2);
+    made[GAIN] = rstd * geometry.total(grad * y);
+  }
   if (needed[SHIFT]) made[SHIFT] = total;
   return made;
 }

@@ -23,9 +23,20 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from normfuse.layers import normalized_convolution
 from normfuse.layers.clamp import Clamp
 from normfuse.layers.fixed_factors import WORTH, fixed_factors
-from normfuse.layers.kept import Kept, can_keep, is_distributed
+from normfuse.layers.fixed_statistics import Statistics
+from normfuse.layers.kept import Kept, is_distributed
 from normfuse.layers.products import Convolution, Matrix, Product
-from normfuse.layers.scaled import PLAIN, ScaledProduct, Statistics, needs_plain, plain, scaled_output
+from normfuse.layers.scaled import (
+    PLAIN,
+    ScaledProduct,
+    effective_weight,
+    is_written_down,
+    needs_plain,
+    normalized_after,
+    plain,
+    scaled,
+    scaled_output,
+)
 
 _STATE = "_normfuse_tuned"
 
@@ -38,17 +49,15 @@ class Pairing:
         norm: The norm; no part of the module tree of the product.
         channels: The channels of the norm that the product makes, in its order; None for all.
         same: Whether the layer pads its input as TensorFlow's ``SAME`` does.
-        weight: Keeps ``a W`` and the offset of a frozen pair.
-        scale: Keeps ``a`` and the offset of a frozen pair whose output is scaled.
+        fixed: Keeps ``a`` and the offset of a frozen pair.
         rstd: Keeps ``r``.
-        compiled: Keeps what runs the pair by the compiled kernels, which keeps the same as the first two.
+        compiled: Keeps what runs the pair by the compiled kernels, which keeps the same as the first.
     """
 
     norm: nn.Module
     channels: slice | list[int] | None = None
     same: bool = False
-    weight: Kept = field(default_factory=Kept)
-    scale: Kept = field(default_factory=Kept)
+    fixed: Kept = field(default_factory=Kept)
     rstd: Kept = field(default_factory=Kept)
     compiled: Kept = field(default_factory=Kept)
 
@@ -140,9 +149,7 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
     traced = needs_plain(x, weight)
     norm = pairing.statistics(keeps=not traced)
     if traced:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _normalize_after(x, weight, bias, norm, product)  # a compiler fuses it into what follows
-        return plain(x, weight, bias, norm, product)
+        return (plain if is_written_down() else normalized_after)(x, weight, bias, norm, product)
     if torch._C._is_any_autocast_enabled() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight.dtype:
@@ -150,15 +157,16 @@ def normalized_product(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: 
     training = torch.is_grad_enabled()
     if training and weight.requires_grad:
         return cast(Tensor, ScaledProduct.apply(x, weight, bias, *norm[:5], product, norm.kept))
-    if training and norm.gain is not None and norm.gain.requires_grad:
-        return _normalize_after(x, weight, bias, norm, product)
-    worth = WORTH if can_keep(weight) else 1
-    on_output = product.output_size(x.shape, weight.shape) < worth * weight.numel()
-    kept = pairing.scale if on_output else pairing.weight
-    factor, offset = fixed_factors(kept, weight, bias, norm, product, x.dtype, on_output=on_output)
+    if training and norm.gain is not None and norm.gain.requires_grad:  # costs less than a weight gradient for it alone
+        return normalized_after(x, weight, bias, norm, product)
+    scale, offset = fixed_factors(pairing.fixed, bias, norm)
     if training and any(t is not None and t.requires_grad for t in (bias, norm.shift)):
-        offset = norm.offset(norm.scale(), bias).to(factor.dtype)
-    return scaled_output(x, weight, factor, offset, product) if on_output else product.run(x, factor, offset)
+        offset = norm.offset(scale, bias)
+    keeps = training and (x.requires_grad or offset.requires_grad)  # then autograd keeps the weight as well
+    if product.output_size(x.shape, weight.shape) < (WORTH if keeps else 1) * weight.numel():
+        return scaled_output(x, weight, scale, offset, product)
+    factor = scaled(weight, scale, product).to(x.dtype) if keeps else effective_weight(weight, scale, product, x.dtype)
+    return product.run(x, factor, offset.to(x.dtype))
 
 
 def _by_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing, product: Product) -> Tensor | None:
@@ -171,20 +179,6 @@ def _by_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, pairing: Pairing
     if run is None:
         return None
     return run(x, weight, bias, *pairing.vectors(), pairing.norm.eps, not is_distributed())
-
-
-def _normalize_after(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Statistics, product: Product) -> Tensor:
-    """Return the normalized product by the operations of eval mode.
-
-    They cost least where the gain is trained and the weight is not: the gain's gradient is then cheaper to take from
-    the output of the product than from a weight gradient, which nobody else needs. And where a compiler recomputes what
-    it can fuse: there the effective weight's own gradient is what costs.
-    """
-    bias = None if bias is None else bias.to(x.dtype)
-    y = product.run(x, weight.to(x.dtype), bias)
-    if isinstance(product, Matrix) and y.dim() != 2:
-        return torch.addcmul(norm.offset(norm.scale(), None), y, norm.scale()).to(x.dtype)
-    return F.batch_norm(y, norm.mean, norm.var, norm.gain, norm.shift, False, 0.0, norm.eps)
 
 
 def _geometry(layer: Any, x: Tensor, output_size: list[int] | None, same: bool) -> tuple[Tensor, Convolution]:

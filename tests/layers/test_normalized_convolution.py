@@ -263,22 +263,18 @@ def test_only_gains_trained(kernels: Maker):
     assert any("BatchNorm" in name for name in kinds(model(torch.randn(2, 3, 9, 9).double())))
 
 
-def test_nothing_is_kept_where_it_must_not_be(kernels: Maker):
+def test_only_vectors_are_kept_and_not_where_they_must_not_be(kernels: Maker):
     product = PLAIN["2d groups 1"]
-    weight, scale = 6 * 4 * 9 + 6, 6 + 6  # a W and its offset; or a, where the output is scaled
-    for size, numbers in ((17, weight), (9, scale), (2, scale)):
+    for size in (17, 9, 2):  # where the weight is scaled, and the output
         values = [t.detach() for t in make(product, size)[:7]] + [0.1]
         pair = kernels(product.stride, product.padding, product.dilation, product.groups)
         pair.normalized(*values, False)
         assert pair.held() == []
         pair.normalized(*values, True)
-        assert sum(t.numel() for t in pair.held()) == numbers
+        assert [t.shape for t in pair.held()] == [(6,), (6,)]
         with torch.inference_mode():
-            pair.normalized(*values, True)
             made = [t + 0 for t in values[:7]] + [0.1]
-            held = [t.data_ptr() for t in pair.held()]
             assert error(by_eval(made, product), pair.normalized(*made, True)) <= EXACT
-            assert [t.data_ptr() for t in pair.held()] == held, "inference tensors have no version to tell a write by"
             assert not any(t.is_inference() for t in pair.held())
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfuse.layers import scaled
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import ScaledProduct
+from normfuse.layers.scratch import is_large
 from tests.parity import EXACT, error
 
 Run = Callable[[list[Any], Any], Tensor]
@@ -196,7 +196,7 @@ def test_weights_in_shared_memory_do_not_mix():
         nn.Conv2d(64, 64, 3),
     ]
     layers[3].to(memory_format=torch.channels_last)
-    assert all(layer.weight.numel() >= scaled._LARGE for layer in layers)
+    assert all(is_large(layer.weight) for layer in layers)
     products = [Convolution((1, 1), (p, p), (1, 1), 1, t) for p, t in ((1, False), (0, False), (0, True), (0, False))]
 
     def train(function: Any, x: Tensor) -> list[Tensor]:
