@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normfuse.patches import patched
+
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
@@ -71,7 +73,7 @@ _ZERO_CENTRED = ("zero_centered_gamma", "apply_layernorm_1p")  # attributes that
 
 def token_norm(module: nn.Module) -> TokenNorm | None:
     """Return the adapter of a norm of Apex, Megatron or Transformer Engine that keeps its ``forward``."""
-    if "forward" in vars(module):
+    if patched(module):
         return None
     for cls in type(module).__mro__:
         kind = _TOKEN_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
@@ -84,12 +86,10 @@ def token_norm(module: nn.Module) -> TokenNorm | None:
 
 def is_known(module: nn.Module) -> bool:
     """Whether an adapter describes the module, so that the readers take it as one operation."""
-    return "forward" not in vars(module) and frozen(module) is not None
+    return not patched(module) and frozen(module) is not None
 
 
 def pads_same(module: nn.Module) -> bool:
     """Whether the module is a convolution that pads by the size of its input, as TensorFlow's ``SAME`` does."""
     cls = type(module)
-    return (
-        "forward" not in vars(module) and f"{cls.__module__}.{cls.__qualname__}" == "timm.layers.conv2d_same.Conv2dSame"
-    )
+    return not patched(module) and f"{cls.__module__}.{cls.__qualname__}" == "timm.layers.conv2d_same.Conv2dSame"

@@ -236,7 +236,16 @@ class ModelGraph:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything watches, or changes, what a module takes or returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return any(vars(module).get(name) for name in _HOOKS) or global_hook() is not None
+
+
+def global_hook() -> Any:
+    """Return a hook that torch runs around every module, if there is one."""
+    tables = (getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+    return next((hook for table in tables for hook in table.values()), None)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def function_name(node: fx.Node) -> str:

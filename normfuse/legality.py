@@ -14,9 +14,10 @@ from normfuse import absorption
 from normfuse.absorbers import Absorber
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
-from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
+from normfuse.graph import ModelGraph, global_hook, has_hooks, is_uninitialized
 from normfuse.holders import Holder
 from normfuse.operations import describe
+from normfuse.patches import patched
 
 if TYPE_CHECKING:
     from normfuse.routes import Plan
@@ -66,6 +67,7 @@ def require_unwatched(plan: Plan, graph: ModelGraph) -> None:
 
 
 _DUPLICATE = "pass duplicate_shared=True"
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 _HOLD = "hold it in a list, a dictionary or an attribute"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -142,18 +144,31 @@ def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
     """
     if name is None:
         return
+    if (hook := global_hook()) is not None:
+        text = (
+            f"{getattr(hook, '__qualname__', type(hook).__name__)}, a hook around every module, would see other values"
+        )
+        raise Refused(Reason.HAS_HOOKS, text, "remove it first")
     if has_hooks(graph.module(name)) and not is_uninitialized(graph.module(name)):  # a lazy layer has hooks of its own
         raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
 
 
 def require_replaceable(name: str | None, graph: ModelGraph) -> None:
-    """Refuse to replace a module, if one is named, that has hooks or is held where no other can be put.
+    """Refuse to replace a module, if one is named, that has hooks or other methods, or is held where no other fits.
 
     Raises:
         Refused: It has one, or is.
     """
     require_no_hooks(name, graph)
-    if name is not None and (holder := graph.holders.frozen(graph.module(name))) is not None:
+    module = graph.module(name) if name is not None else None
+    if name is None or module is None:
+        return
+    if (method := patched(module)) is not None:
+        text = f"{name}.{method} was replaced on the instance, which would be lost with the layer"
+        raise Refused(Reason.FORWARD_OVERRIDDEN, text, f"del {name}.{method}, or what its library undoes it with")
+    if any(vars(module).get(table) for table in _STATE_HOOKS) and not is_uninitialized(module):
+        raise Refused(Reason.HAS_HOOKS, f"a hook on the state dict of {name} would be lost with it", "remove it first")
+    if (holder := graph.holders.frozen(module)) is not None:
         raise _held_elsewhere(name, holder)
 
 

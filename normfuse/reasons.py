@@ -36,15 +36,17 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "Nothing: it is not the same function.",
     ),
     Reason.FORWARD_OVERRIDDEN: (
-        "The layer's class overrides `forward`, and what it does cannot be read without running it.",
-        "Pass `example_inputs`, so that its calls are recorded.",
+        "The layer's class overrides `forward`, and what it does cannot be read without running it; or a norm's "
+        "`forward` was replaced on the instance, and would be lost with the norm.",
+        "Pass `example_inputs`, so that its calls are recorded; undo the patch (`del norm.forward`).",
     ),
     Reason.PARAMETRIZED: (
         "The weight is computed from other tensors (weight norm, spectral norm, any parametrization).",
         "Run the pass `materialize` first; `normfuse.fold` does.",
     ),
     Reason.HAS_HOOKS: (
-        "A forward hook on a layer of the route, or on the norm, would see other values than before.",
+        "A hook on a layer of the route, on the norm or around every module would see other values than before, or "
+        "would be lost with the norm.",
         "Remove the hook first.",
     ),
     Reason.HELD_ELSEWHERE: (

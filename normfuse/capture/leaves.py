@@ -14,6 +14,7 @@ from torch import nn
 from normfuse import adapters
 from normfuse.layers.affine_inference import AffineInference
 from normfuse.layers.l1_layer_norm import L1TokenNorm
+from normfuse.patches import is_torchs, patched
 
 _CONTAINERS = (
     nn.Sequential,
@@ -33,11 +34,11 @@ _BEHAVIOUR = ("forward", "_conv_forward", "__call__")
 
 def base_layer(module: nn.Module) -> type[nn.Module] | None:
     """Return the ``torch.nn`` class whose ``forward`` the module runs unchanged, if there is one."""
-    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+    if patched(module) or isinstance(module, torch.jit.ScriptModule):
         return None
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch.nn.modules."):
-            return None if cls is nn.Module or issubclass(cls, _CONTAINERS) else cls
+            return None if cls is nn.Module or issubclass(cls, _CONTAINERS) or not is_torchs(cls) else cls
         if any(name in vars(cls) for name in _BEHAVIOUR):
             return None
     return None
@@ -53,10 +54,10 @@ def l1_token_norm(module: nn.Module | None) -> L1TokenNorm | None:
     return module if isinstance(module, L1TokenNorm) and _runs_our_forward(module) else None
 
 
-def _runs_our_forward(module: object) -> bool:
+def _runs_our_forward(module: nn.Module) -> bool:
     """Whether the ``forward`` of a module is one of :mod:`normfuse.layers`."""
     classes = (cls for cls in type(module).__mro__ if any(name in vars(cls) for name in _BEHAVIOUR))
-    return "forward" not in vars(module) and next(classes).__module__.startswith("normfuse.layers.")
+    return not patched(module) and next(classes).__module__.startswith("normfuse.layers.")
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from normfuse.capture.recorded import opaque, training_inside_eval
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, ModuleCall
 from normfuse.named_tensors import named_tensors
+from normfuse.patches import patched
 from normfuse.surgery import module_names
 
 
@@ -137,6 +138,8 @@ def _nodes(value: Any) -> tuple[fx.Node, ...]:
 
 def _trace_part(module: nn.Module, names: _Names) -> _Tracer:
     """Trace one module with its optional arguments left at their defaults."""
+    if (method := patched(module)) is not None:  # torch.fx would trace that of the class
+        raise CaptureError(f"{method} of this {type(module).__name__} was replaced on the instance")
     tracer = _Tracer(names)
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
