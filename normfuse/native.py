@@ -5,6 +5,7 @@ the compiler that is installed, and keeps the library in a folder of the user: `
 ``$XDG_CACHE_HOME/normfuse``, else ``~/.cache/normfuse``. From then on it is used, also in later processes; with
 ``NORMFUSE_KERNELS=0`` in the environment it is not. Its name holds the source, the compiler's options, the version of
 what it is linked with and the features of the processor, so another machine that shares the folder does not load it.
+Beside it stands the digest of the file: what is damaged or cut off is not opened, and is built again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,10 @@ from normfuse.errors import NormfuseError
 
 T = TypeVar("T")
 
+LONGEST = 900
+"""Seconds that a compiler may take; about a minute is usual."""
+
+_BUILD = ".build-"
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
 _COMPILERS = {"CC": ("cc", "gcc", "clang"), "CXX": ("c++", "g++", "clang++")}
 
@@ -58,22 +65,28 @@ class Library:
         return cache_directory() / f"{self.source.stem}-{made.hexdigest()[:24]}.so"
 
     def compile(self, target: Path, options: Sequence[str] = ()) -> None:
-        """Compile to ``target``, which appears only when complete.
+        """Compile to ``target``, which appears only when complete, with its digest.
 
         Raises:
-            NormfuseError: There is no compiler, it fails, or the folder of ``target`` cannot be written to.
+            NormfuseError: There is no compiler, it fails or does not end, or the folder of ``target`` cannot be
+                written to.
         """
         compiler = self._compiler()
         try:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+            _remove_left_over(target.parent)
+            with tempfile.TemporaryDirectory(prefix=_BUILD, dir=target.parent) as folder:
                 made = Path(folder) / target.name
                 flags = [*_FLAGS, *self.flags, *options]
                 command = [*compiler.split(), *flags, "-o", os.fspath(made), os.fspath(self.source), *self.linked]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = _run(command, compiler, self.source.name)
                 if done.returncode:
                     raise NormfuseError(f"{compiler} cannot compile {self.source.name}: {_first_error(done)}")
                 made.chmod(0o700)
+                digest = _digest_file(made)
+                digest.write_text(_digest(made), encoding="ascii")
+                digest.chmod(0o600)
+                os.replace(digest, _digest_file(target))
                 os.replace(made, target)
         except OSError as error:
             raise NormfuseError(f"cannot build {target}: {error.strerror}; set NORMFUSE_CACHE_DIR") from error
@@ -127,7 +140,7 @@ class Kernels(Generic[T]):
     def load(self, path: Path) -> T | None:
         """Return the kernels in a file that belongs to this user alone and is right, else None."""
         try:
-            found = self._open(path) if _is_private(path) else None
+            found = self._open(path) if is_private(path) and _is_whole(path) else None
         except (OSError, AttributeError, RuntimeError):  # not there, not a library for this system, or not ours
             return None
         if found is None:
@@ -144,14 +157,55 @@ class Kernels(Generic[T]):
         """
         library = self.library()
         target = library.path
-        if force or not target.exists():
+        if force or not _is_whole(target):
             library.compile(target)
         self.forget()
-        if not _is_private(target):
+        if not is_private(target):
             raise NormfuseError(f"others can write to {target.parent}: set NORMFUSE_CACHE_DIR to a folder of your own")
         if self.load(target) is None:
             raise NormfuseError(f"{target} does not reproduce its definition: delete it; everything works without it")
         return target
+
+
+def _run(command: list[str], compiler: str, source: str) -> subprocess.CompletedProcess[str]:
+    """Run a compiler, and end it with all that it started where it takes too long."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=LONGEST)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise NormfuseError(f"{compiler} did not compile {source} within {LONGEST} seconds") from error
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what builds that were killed left behind: folders that are older than any build lasts."""
+    for left in folder.glob(f"{_BUILD}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > 2 * LONGEST and not left.is_symlink():
+                shutil.rmtree(left)
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there, with the digest of just this file beside it."""
+    try:
+        return _digest_file(path).read_text(encoding="ascii") == _digest(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _first_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -159,14 +213,29 @@ def _first_error(done: subprocess.CompletedProcess[str]) -> str:
     return next((line for line in lines if "error" in line), next(iter(lines), f"exit status {done.returncode}"))
 
 
-def _is_private(path: Path) -> bool:
-    """Whether nobody but this user, or the administrator, can have put a file there."""
+def is_private(path: Path) -> bool:
+    """Whether nobody but this user, or the administrator, can have put a file there, by whichever folder above it.
+
+    A folder that others can write to, such as ``/tmp``, may stand above only if it keeps them from what is not theirs
+    (the sticky bit). The file itself is no link, and a folder above may be one only into such places.
+    """
     if not hasattr(os, "getuid"):
         return True
-    return all(
-        entry.st_uid in (os.getuid(), 0) and not entry.st_mode & (stat.S_IWOTH | stat.S_IWGRP)
-        for entry in (path.stat(), path.parent.stat())
+    if path.is_symlink():
+        return False
+    given, real = Path(os.path.abspath(path)), path.resolve()
+    nearest = (given, given.parent, real, real.parent)
+    above = (*given.parents, *real.parents)
+    return all(_is_mine(one.lstat(), sticky=False) for one in nearest if not one.is_symlink()) and all(
+        _is_mine(one.lstat(), sticky=True) for one in above
     )
+
+
+def _is_mine(entry: os.stat_result, *, sticky: bool) -> bool:
+    """Whether only this user or the administrator owns and writes an entry; or, above it, others may add their own."""
+    writable = entry.st_mode & (stat.S_IWOTH | stat.S_IWGRP) and not stat.S_ISLNK(entry.st_mode)
+    kept = sticky and entry.st_mode & stat.S_ISVTX
+    return entry.st_uid in (os.getuid(), 0) and (not writable or bool(kept))
 
 
 def cache_directory() -> Path:

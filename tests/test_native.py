@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 
 def test_nothing_is_compiled_by_itself(kernels: Kernels, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a process was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
     assert kernels.get() is None
     assert not native.cache_directory().exists()
 
@@ -49,7 +50,7 @@ def test_built_once(kernels: Kernels):
     assert path.stat().st_mtime_ns == before
     kernels.build(force=True)
     assert path.stat().st_mtime_ns != before
-    assert list(path.parent.iterdir()) == [path]
+    assert sorted(path.parent.iterdir()) == [path, path.with_name(f"{path.name}.sha256")]
 
 
 def test_turned_off(kernels: Kernels, monkeypatch: pytest.MonkeyPatch):
@@ -72,18 +73,74 @@ def test_another_library_for_all_that_it_depends_on(kernels: Kernels):
     assert len(set(paths)) == 5
 
 
-def test_damaged_and_wrong_libraries_are_not_used(kernels: Kernels):
-    path = kernels.library().path
-    path.parent.mkdir(mode=0o700)
-    path.write_bytes(b"not a library")
-    path.chmod(0o600)
+@pytest.mark.parametrize("damage", ["cut off", "no digest", "another digest", "text", "changed"])
+def test_damaged_libraries_are_not_opened_but_built_again(kernels: Kernels, damage: str):
+    """To open one that is cut off could end the process."""
+    path = kernels.build()
+    digest = path.with_name(f"{path.name}.sha256")
+    whole = path.read_bytes()
+    if damage == "no digest":
+        digest.unlink()
+    elif damage == "another digest":
+        digest.write_text("0" * 64)
+    else:
+        path.unlink()  # this process has it open: what is mapped may not be cut
+        path.touch(mode=0o700)
+        path.write_bytes({"cut off": whole[:5000], "text": b"not a library", "changed": whole[:-1] + b"x"}[damage])
+    kernels.forget()
     assert kernels.get() is None
-    with pytest.raises(NormfuseError, match="delete it"):
-        kernels.build()
-    path.unlink()
+    assert kernels.build() == path
+    assert kernels.get() is not None
+
+
+def test_wrong_libraries_are_not_used(kernels: Kernels):
     kernels.library().source.write_text("int answer(void) { return 41; }\n")
     with pytest.raises(NormfuseError, match="does not reproduce"):
         kernels.build()
+
+
+def test_what_killed_builds_left_is_removed(kernels: Kernels):
+    folder = native.cache_directory()
+    old, young = folder / ".build-old", folder / ".build-young"
+    for left in (old, young):
+        left.mkdir(parents=True, mode=0o700)
+        (left / "x.so").write_text("half")
+    os.utime(old, (0, 0))
+    folder.chmod(0o700)
+    kernels.build()
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_a_compiler_that_does_not_end(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nsleep 600\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(native, "LONGEST", 0.5)
+    with pytest.raises(NormfuseError, match=r"did not compile answer\.c within 0\.5 seconds"):
+        kernels.build()
+    assert not list(native.cache_directory().iterdir())
+
+
+def test_links_and_folders_above(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    path = kernels.build()
+    linked = tmp_path / "linked"
+    linked.mkdir(mode=0o700)
+    (linked / path.name).symlink_to(path)
+    assert not native.is_private(linked / path.name)
+    (tmp_path / "door").symlink_to(path.parent)
+    assert native.is_private(tmp_path / "door" / path.name)
+    tmp_path.chmod(0o777)
+    assert not native.is_private(path)
+    tmp_path.chmod(0o1777)  # as /tmp: others may add their own, and touch nothing else
+    assert native.is_private(path)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (shared / "cache").symlink_to(path.parent)
+    assert not native.is_private(shared / "cache" / path.name)
+    tmp_path.chmod(0o700)
 
 
 def test_what_others_can_write_is_not_used(kernels: Kernels):

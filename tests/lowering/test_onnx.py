@@ -249,7 +249,7 @@ def test_what_the_exporter_cannot_write_is_one_line(tmp_path: Path, model: nn.Mo
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path):
-    with pytest.raises(LoweringError, match="No such file or directory"):
+    with pytest.raises(LoweringError, match="there is no folder"):
         export_onnx(Net(), tmp_path / "no" / "net.onnx", image())
 
 
