@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         NormfuseError,
         OrderError,
         RequirementError,
+        TuneModeError,
         VerificationError,
     )
     from normfuse.examples import Examples
@@ -64,6 +65,7 @@ __all__ = [
     "Result",
     "Status",
     "Tolerance",
+    "TuneModeError",
     "VerificationError",
     "apply",
     "build_kernels",
@@ -97,6 +99,7 @@ _NAMES = {
         "NormfuseError",
         "OrderError",
         "RequirementError",
+        "TuneModeError",
         "VerificationError",
     ),
     "examples": ("Examples",),

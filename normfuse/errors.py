@@ -65,6 +65,10 @@ class DeployedModelError(NormfuseError):
     """A folded model was asked to do what only the unfolded model can: to train, or to run a part no example ran."""
 
 
+class TuneModeError(NormfuseError, RuntimeError):
+    """A layer in Tune mode was used in a way that would give a wrong value, or lose statistics, without a word."""
+
+
 class OrderError(NormfuseError):
     """A step was asked for out of order: the text says which one must come first (:mod:`normfuse.order`)."""
 

@@ -8,6 +8,7 @@ mode, since a model may do in training what its eval mode does not show.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from normfuse.capture import record, trace
 from normfuse.capture.leaves import base_layer
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, function_name
+from normfuse.layers.handshake import is_patched
 from normfuse.legality import require_no_hooks, require_plain, require_unwatched
 from normfuse.norms import Norm
 from normfuse.operations import describe
@@ -48,11 +50,18 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A norm, the layers that apply it with the channels each makes, and what remains of the norm's own module."""
+class FoundPair:
+    """How the layers before a norm apply it.
+
+    Attributes:
+        products: The layers that apply it, with the channels each makes.
+        tail: What remains of the norm's own module.
+        direct: Whether each call of the norm reads the value of one call of a layer, which nothing else reads.
+    """
 
     products: dict[str, tuple[int, ...]]
     tail: tuple[str, ...]
+    direct: bool
 
 
 def readings(graph: ModelGraph) -> list[Reading]:
@@ -70,19 +79,21 @@ def _in_training(graph: ModelGraph) -> list[ModelGraph]:
     return []
 
 
-def find_pair(name: str, readings: list[Reading]) -> Pair:
+def find_pair(name: str, readings: list[Reading]) -> FoundPair:
     """Return how the norm is applied by the layers before it, the same in every reading that reaches it.
 
     Raises:
         Refused: It is not.
     """
-    found: list[Pair] = []
+    found: list[FoundPair] = []
     for reading in readings:
         if reading.reaches(name):
             norm, graph = reading.norms[name], reading.graph
             require_no_hooks(name, graph)
+            _require_unpatched(name, graph)
             _require_own_values(norm, graph)
-            found.append(Pair(_products(norm, graph), _tail(norm, graph)))
+            products = _products(norm, graph)
+            found.append(FoundPair(products, _tail(norm, graph), _is_direct(norm, products, graph)))
     if not found:
         raise Refused(Reason.PARTIAL_CAPTURE, f"what calls {name} could not be traced", "pass example_inputs")
     if any(pair != found[0] for pair in found):
@@ -93,7 +104,7 @@ def find_pair(name: str, readings: list[Reading]) -> Pair:
     return found[0]
 
 
-def require_range(pair: Pair, norm: nn.Module, graph: ModelGraph) -> None:
+def require_range(pair: FoundPair, norm: nn.Module, graph: ModelGraph) -> None:
     """Refuse where an effective weight could leave the range of a dtype of 16 bits.
 
     Raises:
@@ -108,6 +119,11 @@ def require_range(pair: Pair, norm: nn.Module, graph: ModelGraph) -> None:
             raise Refused(
                 Reason.RANGE, f"the effective weight of {name} could reach {largest:.3g}, beyond {weight.dtype}"
             )
+
+
+def _require_unpatched(name: str, graph: ModelGraph) -> None:
+    if is_patched(graph.module(name)):
+        raise Refused(Reason.FORWARD_OVERRIDDEN, f"a forward was put on the instance {name}, not on its class")
 
 
 def _require_own_values(norm: Norm, graph: ModelGraph) -> None:
@@ -146,6 +162,13 @@ def _products(norm: Norm, graph: ModelGraph) -> dict[str, tuple[int, ...]]:
     return {absorber.name: _channels(absorber, calls, graph) for (absorber, _), calls in plan.maps.items()}
 
 
+def _is_direct(norm: Norm, products: Collection[str], graph: ModelGraph) -> bool:
+    calls = [node for name in products for node in graph.call_sites(name)]
+    readers = [user for node in calls for user in node.users]
+    read = [norms.input_of(norm, node, graph)[0] for node in norm.nodes]
+    return set(read) == set(calls) and len(read) == len(calls) and set(readers) <= set(norm.nodes)
+
+
 def _require_keeping(plan: Plan, graph: ModelGraph) -> None:
     """Refuse a route on which a value could lose its channel, change by a trained amount, or be dropped."""
     for node in plan.passed:
@@ -160,6 +183,7 @@ def _channels(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelG
     module = graph.module(absorber.owner) if absorber.kind in ("conv", "linear") else None
     if module is None or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{absorber.name} is not a convolution or linear layer")
+    _require_unpatched(absorber.name, graph)
     if base_layer(module) is None and not adapters.pads_same(module):
         text = f"{absorber.name} ({type(module).__name__}) has a forward of its own"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)

@@ -19,7 +19,7 @@ from normfuse.capture import capture, unwrap
 from normfuse.errors import PassContractError
 from normfuse.examples import Examples, Inputs
 from normfuse.graph import ModelGraph, module_names
-from normfuse.layers import tuned
+from normfuse.layers import change_of_class
 from normfuse.manifest import make_manifest
 from normfuse.report import Outcome, Report, Status
 from normfuse.structure import restored_on_error
@@ -104,7 +104,7 @@ def _edit(
 ) -> Report:
     """Carry out the passes on a model, which is the source or a copy of it, and put it in its final mode."""
     notes = _notes(work, passes)
-    tuned.leave_all(work)  # the passes read layers as they are outside of Tune mode
+    change_of_class.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(work.state_dict())
     state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
     graph = capture(work, example_inputs)
@@ -130,7 +130,7 @@ def _notes(model: nn.Module, passes: Sequence[Pass]) -> tuple[str, ...]:
         return ()
     folds = model.training and not deploy.TRAINABLE.issuperset(one.name for one in passes)
     notes = ["the model was in training mode; what was folded is its eval form"] if folds else []
-    if any(isinstance(module, tuned.TunedLayer) for module in model.modules()):
+    if any(isinstance(module, change_of_class.TunedLayer) for module in model.modules()):
         notes.append("the model was in Tune mode; it was taken out of it first")
     return tuple(notes)
 

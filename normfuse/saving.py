@@ -25,7 +25,7 @@ from normfuse import deploy, digests
 from normfuse.atomic_files import staged
 from normfuse.capture import unwrap
 from normfuse.errors import NormfuseError
-from normfuse.layers import tuned
+from normfuse.layers import change_of_class
 from normfuse.manifest import make_manifest
 from normfuse.report import Report
 
@@ -58,7 +58,7 @@ def save(
         NormfuseError: The model cannot be pickled, or the format cannot hold it.
     """
     model, path = unwrap(model), Path(path)
-    with tuned.left(model), staged(path) as temporary:
+    with change_of_class.left(model), staged(path) as temporary:
         manifest = complete_manifest(model, arch, arch_kwargs, verification)
         manifest["digests"] = digests.of_all(model.state_dict())
         if path.suffix == ".safetensors":

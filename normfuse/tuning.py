@@ -17,7 +17,8 @@ from normfuse.capture import understood, unwrap
 from normfuse.errors import CaptureError
 from normfuse.examples import Examples, Inputs
 from normfuse.graph import is_uninitialized
-from normfuse.layers.tuned import FixedNorm, enter, leave_all
+from normfuse.layers.change_of_class import enter, leave_all, restore, tuned_layers
+from normfuse.layers.tuned import FixedNorm
 from normfuse.passes.tune_mode import TuneMode
 from normfuse.pipeline import Selection, run
 from normfuse.structure import restored_on_error
@@ -86,12 +87,17 @@ def tune_mode(
 
 @contextlib.contextmanager
 def tuned(model: M, **options: Any) -> Iterator[M]:
-    """Run a block with ``model`` in Tune mode; takes the options of :func:`tune_mode`. Yields the model."""
+    """Run a block with ``model`` in Tune mode; takes the options of :func:`tune_mode`. Yields the model.
+
+    Afterwards it is as it was before: a model that was in Tune mode already is in it still, with the same layers.
+    """
+    before = tuned_layers(unwrap(model))
     tune_mode(model, **options)
     try:
         yield model
     finally:
         tune_mode(model, False)
+        restore(before)
 
 
 def _fix_all(model: nn.Module, selection: Selection) -> None:

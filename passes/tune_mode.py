@@ -22,7 +22,9 @@ from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
-from normfuse.layers.tuned import FixedNorm, Pairing, TunedNorm, TunedProduct, TunedReLU6, enter
+from normfuse.layers.change_of_class import enter
+from normfuse.layers.handshake import Pair, Seat
+from normfuse.layers.tuned import Applied, FixedNorm, Pairing, TunedNorm, TunedProduct, TunedReLU6
 
 
 class TuneMode(Pass):
@@ -72,11 +74,21 @@ class TuneMode(Pass):
             if not adapters.is_known(module):  # a frozen norm has nothing to fix
                 enter(module, FixedNorm)
         else:
-            pair: pairs.Pair = match.payload
-            for name, channels in pair.products.items():
-                product = graph.module(name)
-                enter(product, TunedProduct, Pairing(module, _indices(channels, module), adapters.pads_same(product)))
-            enter(module, TunedNorm, pair.tail)
+            _join(match.subject, match.payload, graph)
+
+
+def _join(name: str, found: pairs.FoundPair, graph: ModelGraph) -> None:
+    """Let products apply a norm."""
+    norm = graph.module(name)
+    pair = Pair(_seat(name, graph), [_seat(product, graph) for product in found.products], found.direct)
+    for seat, channels in zip(pair.seats[1:], found.products.values(), strict=True):
+        product = graph.module(seat.name)
+        enter(product, TunedProduct, Pairing(pair, seat, _indices(channels, norm), adapters.pads_same(product)))
+    enter(norm, TunedNorm, Applied(pair, pair.norm, found.tail))
+
+
+def _seat(name: str, graph: ModelGraph) -> Seat:
+    return Seat(name, graph.module(name.rpartition(".")[0]) if name else None)
 
 
 def _indices(channels: tuple[int, ...], norm: nn.Module) -> slice | list[int] | None:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import normfuse
+from normfuse.layers.change_of_class import enter
+from normfuse.layers.handshake import Pair, Seat
+from normfuse.layers.tuned import Pairing, TunedProduct
 from tests.parity import EXACT, cloned, error, randomize_norms, tensors
 
 FLOOR = 1e-6
@@ -36,6 +39,13 @@ def paired(model: nn.Module, inputs: Any = None, **options: Any) -> dict[str, tu
     """Return for every norm that Tune mode gives to the layers before it the names of those."""
     report = normfuse.inspect(model, ["tune-mode"], example_inputs=inputs, **options)
     return {outcome.subject: outcome.partners for outcome in report.norms if outcome.partners}
+
+
+def apply_norm(layer: nn.Module, norm: nn.Module) -> None:
+    """Let a layer apply a norm, by itself: what it returns is not marked for the norm."""
+    pair = Pair(Seat("norm", None), [Seat("layer", None)], direct=False)
+    pair.norm.take(norm, type(norm))
+    enter(layer, TunedProduct, Pairing(pair, pair.seats[1]))
 
 
 def set_mode(model: nn.Module, training: bool) -> nn.Module:

@@ -17,7 +17,7 @@ PROMISED = {
     *("tune_mode", "tuned", "parameter_groups", "build_kernels"),
     *("Report", "Outcome", "Status", "Reason", "Refusal", "Result", "Comparison", "Tolerance", "Examples"),
     *("NormfuseError", "CaptureError", "LoadError", "LoweringError", "RequirementError", "VerificationError"),
-    *("CalibrationError", "MissingDependencyError", "DeployedModelError", "OrderError"),
+    *("CalibrationError", "MissingDependencyError", "DeployedModelError", "OrderError", "TuneModeError"),
 }
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.layers.tuned import FixedNorm, TunedLayer, TunedProduct
+from normfuse.layers.change_of_class import TunedLayer
+from normfuse.layers.tuned import FixedNorm, TunedProduct
 from normfuse.tuning import tune_mode, tuned
 from tests.gradients import assert_same, gradients, hard_norms, set_mode
 from tests.zoo.trap import image

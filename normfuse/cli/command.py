@@ -31,6 +31,7 @@ EXIT_CODES: dict[type[errors.NormfuseError], int] = {
     errors.CaptureError: 4,
     errors.DeployedModelError: 4,
     errors.OrderError: 4,
+    errors.TuneModeError: 4,
     errors.MissingDependencyError: 5,
 }
 

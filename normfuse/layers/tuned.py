@@ -1,17 +1,15 @@
 """Layers in Tune mode: a product that applies the norm after it, and a norm that stays out of the way.
 
-A layer of the user's is put into Tune mode by a change of its class, to a subclass made here; the object, its
-parameters and its buffers stay. The product reads the statistics and the affine parameters of the norm at every call,
-through a reference that is no part of the module tree, and returns the normalized value
-(:mod:`normfuse.layers.scaled`). The norm returns its input. A norm that no product applies keeps its own arithmetic.
-The statistics of both stay as they are, whatever ``train()`` says.
+The product reads the statistics and the affine parameters of the norm at every call, through a reference that is no
+part of the module tree, and returns the normalized value (:mod:`normfuse.layers.scaled`). The norm returns its input.
+Where the two are a pair no longer (:mod:`normfuse.layers.handshake`), each does what it does in eval mode. A norm that
+no product applies does that always. The statistics stay as they are, whatever ``train()`` says.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from normfuse.errors import TuneModeError
 from normfuse.layers import normalized_convolution
+from normfuse.layers.change_of_class import STATE, TunedLayer, leave, original_class
 from normfuse.layers.clamp import Clamp
 from normfuse.layers.fixed_factors import WORTH, fixed_factors
 from normfuse.layers.fixed_statistics import Statistics
+from normfuse.layers.handshake import Member, is_marked, mark, may_be_unmarked, unmark
 from normfuse.layers.kept import Kept, is_distributed
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import (
@@ -38,15 +39,12 @@ from normfuse.layers.scaled import (
     scaled_output,
 )
 
-_STATE = "_normfuse_tuned"
-
 
 @dataclass(slots=True)
-class Pairing:
+class Pairing(Member):
     """Which norm a product applies.
 
     Attributes:
-        norm: The norm; no part of the module tree of the product.
         channels: The channels of the norm that the product makes, in its order; None for all.
         same: Whether the layer pads its input as TensorFlow's ``SAME`` does.
         fixed: Keeps ``a`` and the offset of a frozen pair.
@@ -54,12 +52,16 @@ class Pairing:
         compiled: Keeps what runs the pair by the compiled kernels, which keeps the same as the first.
     """
 
-    norm: nn.Module
     channels: slice | list[int] | None = None
     same: bool = False
     fixed: Kept = field(default_factory=Kept)
     rstd: Kept = field(default_factory=Kept)
     compiled: Kept = field(default_factory=Kept)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm; no part of the module tree of the product."""
+        return cast(nn.Module, self.pair.norm.layer())
 
     def vectors(self) -> list[Any]:
         """Return ``gamma``, ``beta``, the means and the variances at present, for the channels of the product."""
@@ -82,52 +84,127 @@ def _tensor(layer: nn.Module, name: str) -> Any:
     return layer._buffers[name] if name in layer._buffers else getattr(layer, name)
 
 
-class TunedLayer(nn.Module):
-    """What all layers in Tune mode have in common: they know the class they had, and are pickled under it."""
+@dataclass(slots=True)
+class Applied(Member):
+    """By which products a norm is applied.
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Name the class, which no module holds, by what it was made from."""
-        kind = cast(Any, type(self))._normfuse_kind
-        return _rebuild, (kind, original_class(self)), dict(vars(self))
+    Attributes:
+        tail: Names of the layers inside the norm's module that run after the normalization, in order.
+    """
+
+    tail: tuple[str, ...] = ()
 
 
 class TunedProduct(TunedLayer):
     """A convolution or linear layer that returns the value after its norm."""
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Return ``z`` of :mod:`normfuse.layers.scaled`, ``(N, out, *)`` or ``(*, out)``."""
-        x, layer = input, self
-        pairing: Pairing = vars(layer)[_STATE]
-        weight, bias = _tensor(layer, "weight"), _tensor(layer, "bias")
-        if isinstance(layer, nn.Linear):
-            return normalized_product(x, weight, bias, pairing, Matrix())
-        batched = x if x.dim() == weight.dim() else x.unsqueeze(0)
-        padded, product = _geometry(layer, batched, output_size, pairing.same)
-        z = normalized_product(padded, weight, bias, pairing, product)
-        return z if batched is x else z.squeeze(0)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``z`` of :mod:`normfuse.layers.scaled`, ``(N, out, *)`` or ``(*, out)``; takes what the layer takes.
+
+        Raises:
+            TuneModeError: In the place of the norm there is one that would normalize by the batch.
+        """
+        pairing: Pairing | None = vars(self).get(STATE)
+        if pairing is None or not pairing.runs(self):
+            if pairing is not None:
+                pairing.pair.require_fixed_statistics()
+            return original_class(self).forward(self, *args, **kwargs)
+        if kwargs:
+            args = _value(args, kwargs), *args[1:], *(value for key, value in kwargs.items() if key == "output_size")
+        return mark(_normalized(self, pairing, *args), pairing)
+
+    def __setstate__(self, state: Any) -> None:
+        """Be a plain layer in a copy without the norm."""
+        super().__setstate__(state)
+        pairing = vars(self).get(STATE)
+        if pairing is not None and pairing.seat.layer() is not self:
+            leave(self)
 
 
-class TunedNorm(TunedLayer):
+class FixedStatistics(TunedLayer):
+    """A norm by its stored statistics, in whichever mode the model is."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer in eval mode where the instance has a ``forward`` of its own."""
+        if "forward" not in vars(self):
+            return super().__call__(*args, **kwargs)
+        with _eval_mode(self):
+            return super().__call__(*args, **kwargs)
+
+    def reset_running_stats(self) -> None:
+        """Refuse to lose the statistics.
+
+        Raises:
+            TuneModeError: Always.
+        """
+        raise TuneModeError(
+            "statistics are fixed in Tune mode and this would lose them: call tune_mode(model, False) first, and "
+            "tune_mode again when they are new; normfuse.statistics.reestimate does that by itself"
+        )
+
+
+class TunedNorm(FixedStatistics):
     """A norm that a product applies: returns its input, through whatever else the layer did after normalizing."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the input after the layers that follow the normalization inside this one."""
-        x = input
-        for path in vars(self)[_STATE]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the input after the layers that follow the normalization inside this one.
+
+        Raises:
+            TuneModeError: The input is not the value of a product that applies this norm.
+        """
+        applied: Applied | None = vars(self).get(STATE)
+        x = _value(args, kwargs)
+        if applied is not None and is_marked(x, applied, self):
+            x = unmark(x)
+        elif applied is None or not applied.runs(self):
+            return _by_statistics(self, *args, **kwargs)
+        elif not may_be_unmarked(x, applied):
+            applied.pair.refuse_value()
+        for path in applied.tail:
             x = self.get_submodule(path)(x)
         return x
 
 
-class FixedNorm(TunedLayer):
-    """A norm by its stored statistics, in whichever mode the model is."""
+class FixedNorm(FixedStatistics):
+    """A norm that no product applies."""
+
+    prefix = "Fixed"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the layer does in eval mode; what it contains follows the mode of the model."""
-        training, self.training = self.training, False
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.training = training
+        """Do what the layer does in eval mode."""
+        return _by_statistics(self, *args, **kwargs)
+
+
+def _by_statistics(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return what the layer's class returns in eval mode; what it contains follows the mode of the model."""
+    if STATE not in vars(layer):  # it has left Tune mode, and is called by a forward that somebody has kept
+        return original_class(layer).forward(layer, *args, **kwargs)
+    with _eval_mode(layer):
+        return original_class(layer).forward(layer, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _eval_mode(layer: nn.Module) -> Iterator[None]:
+    training, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = training
+
+
+def _value(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a layer's call, which its class may call ``input`` or ``x``."""
+    return args[0] if args else next(value for key, value in kwargs.items() if key != "output_size")
+
+
+def _normalized(layer: nn.Module, pairing: Pairing, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    weight, bias = _tensor(layer, "weight"), _tensor(layer, "bias")
+    if isinstance(layer, nn.Linear):
+        return normalized_product(x, weight, bias, pairing, Matrix())
+    batched = x if x.dim() == weight.dim() else x.unsqueeze(0)
+    padded, product = _geometry(layer, batched, output_size, pairing.same)
+    z = normalized_product(padded, weight, bias, pairing, product)
+    return z if batched is x else z.squeeze(0)
 
 
 class TunedReLU6(TunedLayer):
@@ -214,55 +291,3 @@ def _pad_same(x: Tensor, layer: Any) -> Tensor:
         total = max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
         widths[:0] = [total // 2, total - total // 2]
     return F.pad(x, widths) if any(widths) else x
-
-
-# change of class
-
-
-@functools.cache
-def tuned_class(kind: type[TunedLayer], cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of ``cls`` that runs in Tune mode as ``kind``."""
-    name = f"Tuned{cls.__name__}" if kind is not FixedNorm else f"Fixed{cls.__name__}"
-    return type(name, (kind, cls), {"__module__": __name__, "_normfuse_kind": kind, "_normfuse_class": cls})
-
-
-def enter(layer: nn.Module, kind: type[TunedLayer], state: object = None) -> None:
-    """Put one layer into Tune mode."""
-    vars(layer)[_STATE] = state
-    layer.__class__ = tuned_class(kind, type(layer))
-
-
-def leave(layer: nn.Module) -> None:
-    """Give a layer the class back that it had; any other layer stays as it is."""
-    if isinstance(layer, TunedLayer):
-        del vars(layer)[_STATE]
-        layer.__class__ = original_class(layer)  # type: ignore[assignment]
-
-
-def leave_all(model: nn.Module) -> None:
-    """Give every layer of a model the class back that it had."""
-    for module in list(model.modules()):
-        leave(module)
-
-
-@contextlib.contextmanager
-def left(model: nn.Module) -> Iterator[None]:
-    """Run a block with every layer of a model in the class that it had, and put all back into Tune mode afterwards."""
-    states = [(layer, type(layer), vars(layer)[_STATE]) for layer in model.modules() if isinstance(layer, TunedLayer)]
-    leave_all(model)
-    try:
-        yield
-    finally:
-        for layer, cls, state in states:
-            vars(layer)[_STATE] = state
-            layer.__class__ = cls
-
-
-def original_class(layer: TunedLayer) -> type[nn.Module]:
-    """Return the class that a layer had before Tune mode."""
-    return cast(Any, type(layer))._normfuse_class
-
-
-def _rebuild(kind: type[TunedLayer], cls: type[nn.Module]) -> nn.Module:
-    made = tuned_class(kind, cls)
-    return made.__new__(made)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.capture import unwrap
+from normfuse.layers.change_of_class import TunedLayer
 from normfuse.layers.second_moment import statistics_dtype
-from normfuse.layers.tuned import TunedLayer
 from normfuse.order import ADAPTING, Step, is_adapting, require
 from normfuse.statistics.stored import batch_norms
 from normfuse.structure import restored_on_error

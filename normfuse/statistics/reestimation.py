@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from normfuse.calibration import Batch, Batches, Calibration, Enough, Listener, PaddingMask, listen
 from normfuse.capture import unwrap
-from normfuse.layers import tuned
+from normfuse.layers import change_of_class
 from normfuse.norm_forms import as_tokens
 from normfuse.order import Step, require
 from normfuse.progress import tracked
@@ -86,7 +86,7 @@ def reestimate(
         raise ValueError(f"weight is from 0 to 1, not {weight}")
     inner = unwrap(model)
     require(inner, Step.RECALIBRATE)
-    with restored_on_error(inner, inner.buffers()), tuned.left(inner):
+    with restored_on_error(inner, inner.buffers()), change_of_class.left(inner):
         if add_missing:
             _add_missing(inner, order, include, exclude)
         norms = norms_with_statistics(inner, include, exclude)

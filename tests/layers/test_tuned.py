@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.layers import tuned
+from normfuse.layers.change_of_class import enter
 from normfuse.layers.clamp import Clamp
-from normfuse.layers.tuned import FixedNorm, Pairing, TunedNorm, TunedProduct, TunedReLU6
-from tests.gradients import assert_same, assert_tunes, gradients, hard_norms
+from normfuse.layers.tuned import FixedNorm, TunedNorm, TunedProduct, TunedReLU6
+from tests.gradients import apply_norm, assert_same, assert_tunes, gradients, hard_norms
 from tests.parity import EXACT, error
 from tests.zoo.trap import image
 
@@ -109,7 +109,7 @@ def test_linear_over_rows(shape: tuple[int, ...], trained: str):
     layer.bias.requires_grad_(False)
     x = image(*shape).requires_grad_()
     expected = norm(layer(x).reshape(-1, 6)).reshape(*shape[:-1], 6)
-    tuned.enter(layer, TunedProduct, Pairing(norm))
+    apply_norm(layer, norm)
     found = layer(x)
     leaves = [x, *(t for t in (layer.weight, norm.weight, norm.bias) if t.requires_grad)]
     grad = torch.randn_like(expected)
@@ -196,7 +196,7 @@ def test_autocast_of_a_linear_layer_over_rows(trained: str):
     layer, norm = nn.Linear(4, 6), hard_norms(nn.BatchNorm1d(6).eval())
     for name, tensor in {"weight": layer.weight, "gain": norm.weight, "shift": norm.bias}.items():
         tensor.requires_grad_(name == trained)
-    tuned.enter(layer, TunedProduct, Pairing(norm))
+    apply_norm(layer, norm)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(image(3, 6, 4, dtype=torch.float32)).dtype is torch.bfloat16
 
@@ -254,7 +254,7 @@ def test_clamp_on_its_bounds(layer: nn.Hardtanh):
 
 def tuned_clamp(layer: nn.Hardtanh) -> nn.Hardtanh:
     copied = copy.deepcopy(layer)
-    tuned.enter(copied, TunedReLU6)
+    enter(copied, TunedReLU6)
     return copied
 
 
@@ -270,7 +270,7 @@ def test_only_clamps_that_layers_read_are_changed():
 
 def test_a_norm_restores_its_mode_after_an_exception():
     norm = nn.BatchNorm2d(4)
-    tuned.enter(norm, FixedNorm)
+    enter(norm, FixedNorm)
     with pytest.raises(ValueError, match="expected 4D"):
         norm(torch.randn(4))
     assert norm.training
