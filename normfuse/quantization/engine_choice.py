@@ -3,8 +3,8 @@
 Both are found out by trying, once per process for each kind of problem: device, number of threads, limits ``qa`` and
 ``qb`` of the operands, and size up to a power of four. An engine is exact if it equals the int64 definition, at its
 full depth and at small ones, on operands that hold every combination of the extremes: all largest, all smallest,
-alternating, and random. That is where saturation shows. An engine that takes long over a tiny product is not tried on
-a larger one.
+alternating, and random. That is where saturation shows. Rounding shows in sums that are odd, as large as they can be.
+An engine that takes long over a tiny product is not tried on a larger one.
 """
 
 from __future__ import annotations
@@ -81,13 +81,16 @@ def _is_exact(engine: Engine, device: str, precision: str, qa: int, qb: int) -> 
     depth = engine.depth(qa, qb)
     if depth == 0:
         return False
-    shapes = [(m, min(k, depth), n) for m, k, n in PROBES] + [(5, depth, 9), (1, max(1, depth - 1), 4)]
+    deep = (depth, max(1, depth - 1))
+    shapes = [(m, min(k, depth), n) for m, k, n in PROBES] + [(5, deep[0], 9), (1, deep[1], 4)]
     try:
         with torch.inference_mode():
-            return _is_quick(engine, device) and all(
-                _equals_reference(engine, shape, qa, qb, device) for shape in shapes
+            return (
+                _is_quick(engine, device)
+                and all(_equals_reference(engine, shape, qa, qb, device) for shape in shapes)
+                and all(_keeps_odd_sums(engine, columns, qa, qb, device) for columns in deep)
             )
-    except (RuntimeError, AttributeError, NotImplementedError):  # what torch raises where it lacks a kernel
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # torch lacks a kernel, a device a dtype
         return False
 
 
@@ -96,6 +99,16 @@ def _equals_reference(engine: Engine, shape: tuple[int, int, int], qa: int, qb: 
     for seed in range(2):  # another seed begins with another pattern, which matters for a single row
         a, b = extremes(m, k, qa, device, first=seed), extremes(n, k, qb, device)
         if not torch.equal(engine.multiply(a, engine.pack(b), qa).cpu().double(), reference(a, b).double()):
+            return False
+    return True
+
+
+def _keeps_odd_sums(engine: Engine, columns: int, qa: int, qb: int, device: str) -> bool:
+    a, b = (operand.to(device) for operand in odd_sums(columns, qa, qb))
+    expected = reference(a, b).double()
+    for rows in (1, 17):  # kernels for few rows and for many
+        found = engine.multiply(a.repeat(rows, 1), engine.pack(b), qa)
+        if not torch.equal(found.cpu().double(), expected.repeat(rows, 1)):
             return False
     return True
 
@@ -119,6 +132,27 @@ def extremes(rows: int, columns: int, limit: int, device: str = "cpu", *, first:
     values[pattern == 0], values[pattern == 1], values[pattern == 2] = limit, -limit, limit * sign
     values[pattern == 0, :1] = limit - 1
     return values.to(torch.int8).to(device)
+
+
+def odd_sums(columns: int, qa: int, qb: int) -> tuple[Tensor, Tensor]:
+    """Return int8 ``a (2, columns)`` and ``b (6, columns)``, all but one element of a row at its limit.
+
+    Beyond 2^24 float32 holds no odd number, and what is rounded may be the sum of ``a b`` or that of ``(a + c) b`` with
+    an offset c. Among the products of these rows is one whose sum is odd, for each parity of ``columns``, ``qa``,
+    ``qb`` and c: of the left rows none or the second element is one below its limit, of the right rows none, the first
+    or the second. The last three of ``b`` are the first three with the other sign.
+    """
+    a = _below_limit(columns, qa, (None, 1))
+    b = _below_limit(columns, qb, (None, 0, 1))
+    return a, torch.cat([b, -b])
+
+
+def _below_limit(columns: int, limit: int, places: tuple[int | None, ...]) -> Tensor:
+    rows = torch.full((len(places), columns), limit, dtype=torch.int8, device="cpu")
+    for row, place in enumerate(places):
+        if place is not None:
+            rows[row, place : place + 1] -= 1
+    return rows
 
 
 def _job(engine: Engine, a: Tensor, b: Tensor, qa: int, qb: int, packed: bool) -> Callable[[], object]:

@@ -1,8 +1,11 @@
 """Convolutions of many groups on integers: one convolution of floats that hold them, where that is exact.
 
 A matrix product for each group is slow where there are hundreds of groups (depthwise). Sums of at most 2^24 are exact
-in float32 in any order: ``K q^2 <= 2^24`` for K products. That the convolution of this machine,
-under the settings of torch at the time, does sum plainly is tried out on the extremes, once for each setting.
+in float32 in any order: ``K q^2 <= 2^24`` for K products. That needs a convolution that sums plainly. ``F.conv2d``
+promises no such thing: by size and settings it may take NNPACK or cuDNN, which transform images (Winograd, FFT) and
+round. oneDNN's convolution is direct, so on CPUs that one is called by its name. On CUDA numbers are held in float64,
+where what transforms leave behind is far below a half, and rounded. That it is so under the settings of torch at the
+time is also tried out on the extremes, once for each setting. No other device is relied on.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ LARGEST_SUM = 2**24
 
 
 def grouped_sums(image: Tensor, kernel: Tensor, groups: int, windows: Windows, limit: int) -> Tensor | None:
-    """Return the sums of a convolution, ``(N, out, H', W')``, as float32 of integer value; None where not exact.
+    """Return the sums of a convolution, ``(N, out, H', W')``, as floats of integer value; None where not exact.
 
     Args:
         image: int8 ``(N, C, H, W)``.
@@ -30,16 +33,24 @@ def grouped_sums(image: Tensor, kernel: Tensor, groups: int, windows: Windows, l
         windows: Its geometry.
         limit: Largest magnitude of an integer.
     """
-    depth = kernel[0].numel()
-    if depth * limit * limit > LARGEST_SUM or image.numel() == 0 or not _is_exact(str(image.device), _settings(image)):
+    if kernel[0].numel() * limit * limit > LARGEST_SUM or image.numel() == 0 or not _sums_plainly(image.device.type):
         return None
-    return _convolve(image, kernel, groups, windows)
+    return _convolve(image, kernel, groups, windows) if _is_exact(str(image.device), _settings(image)) else None
+
+
+def _sums_plainly(device: str) -> bool:
+    return device == "cuda" or (device == "cpu" and torch.backends.mkldnn.is_available())
 
 
 def _convolve(image: Tensor, kernel: Tensor, groups: int, windows: Windows) -> Tensor:
-    padded = F.pad(image, windows.padding).to(torch.float32)
+    padded = F.pad(image, windows.padding)
     with torch.autocast(image.device.type, enabled=False):
-        return F.conv2d(padded, kernel.to(torch.float32), None, windows.stride, 0, windows.dilation, groups)
+        if image.device.type == "cpu":
+            held = padded.to(torch.float32), kernel.to(torch.float32)
+            convolve = torch.ops.aten.mkldnn_convolution
+            return convolve(*held, None, (0, 0), windows.stride, windows.dilation, groups)
+        held = padded.to(torch.float64), kernel.to(torch.float64)
+        return F.conv2d(*held, None, windows.stride, 0, windows.dilation, groups).round_()
 
 
 def _settings(image: Tensor) -> tuple[object, ...]:

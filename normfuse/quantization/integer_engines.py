@@ -3,11 +3,15 @@
 All compute ``a b^T`` for int8 ``a (M, K)`` and ``b (N, K)``, ``|a| <= qa`` and ``|b| <= qb``:
 
     int8      int8 x int8 with int32 sums                                  K qa qb < 2^31
-    onednn    (a + qa) as uint8, x int8; the sums come as float32          K qa qb <= 2^24
-    fbgemm    (a + 128) as uint8, x int8; the sums come as float32         K qa qb <= 2^24
+    onednn    (a + qa) as uint8, x int8; the sums come as float32          K (qa + qa) qb <= 2^24
+    fbgemm    (a + 128) as uint8, x int8; the sums come as float32         K (qa + 128) qb <= 2^24
     float32   the integers held in float32                                 K qa qb <= 2^24
     float64   the integers held in float64                                 K qa qb <= 2^53
     int64     plain integers: the definition of the product                K qa qb < 2^63
+
+Where an offset c makes ``a`` unsigned, ``sum (a + c) b - c sum b`` is what is computed. A library may subtract integers
+and then convert to float32, or convert first; which of them it does differs between instruction sets, and between its
+kernels. So the depth is that of the worse order, in which the sum of ``(a + c) b`` has to be exact in float32.
 
 Depth alone does not make an engine exact. On CPUs without VNNI, products of uint8 and int8 are added in pairs in 16
 bits, and saturate silently where ``2 u qb > 32767``, ``u`` being the largest uint8 value. Shifting by ``qa`` rather
@@ -26,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FBGEMM_OFFSET = 128
 MAX_DEPTH = 2**14  # of one call, so that a depth can be tried out before it is relied on
 
 
@@ -36,10 +41,11 @@ class Engine:
     Attributes:
         name: For messages and tests.
         device: Type of device that it runs on; None for any.
-        largest_sum: What a sum may reach and be exact.
+        largest_sum: What a sum may reach and be exact, in whichever order the library works.
         pack: Bring ``b``, int8 ``(N, K)``, into the form that ``multiply`` takes.
         multiply: Return ``a b^T``, ``(M, N)``, as int32, int64 or floats of integer value, given ``a``, int8
             ``(M, K)``; the packed ``b``; and ``qa``.
+        offset: Return what is added to ``a`` before it is multiplied, given ``qa``.
     """
 
     name: str
@@ -47,10 +53,11 @@ class Engine:
     largest_sum: int
     pack: Callable[[Tensor], Any]
     multiply: Callable[[Tensor, Any, int], Tensor]
+    offset: Callable[[int], int] = lambda qa: 0
 
     def depth(self, qa: int, qb: int) -> int:
-        """Return the largest K of one call for which every sum is exact."""
-        return min(MAX_DEPTH, self.largest_sum // max(1, qa * qb))
+        """Return the largest K of one call for which every sum is exact, that with the offset too."""
+        return min(MAX_DEPTH, self.largest_sum // max(1, (qa + self.offset(qa)) * qb))
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:
@@ -108,14 +115,14 @@ def _pack_fbgemm(b: Tensor) -> Any:
 
 def _multiply_fbgemm(a: Tensor, packed: Any, qa: int) -> Tensor:
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    return multiply(a.to(torch.float32).contiguous(), 1.0, 128, packed)
+    return multiply(a.to(torch.float32).contiguous(), 1.0, FBGEMM_OFFSET, packed)
 
 
 ENGINES = (
     Engine("int8", "cpu", 2**31 - 1, _pack_int8, _multiply_int8),
     Engine("int8", "cuda", 2**31 - 1, _pack_int8, _multiply_int8_cuda),
-    Engine("onednn", "cpu", 2**24, _pack_onednn, _multiply_onednn),
-    Engine("fbgemm", "cpu", 2**24, _pack_fbgemm, _multiply_fbgemm),
+    Engine("onednn", "cpu", 2**24, _pack_onednn, _multiply_onednn, lambda qa: qa),
+    Engine("fbgemm", "cpu", 2**24, _pack_fbgemm, _multiply_fbgemm, lambda qa: FBGEMM_OFFSET),
     Engine("float32", None, 2**24, *_held_in(torch.float32)),
     Engine("float64", None, 2**53, *_held_in(torch.float64)),
 )

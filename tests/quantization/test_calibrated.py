@@ -153,6 +153,21 @@ def test_one_convolution_is_not_used_where_it_would_round():
     assert torch.equal(sums, torch.full((2, 4, 3, 3), 1040.0))
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+def test_one_convolution_is_exact_under_any_settings(onednn: bool):
+    """``F.conv2d`` without oneDNN takes NNPACK for batches of 16 and more, which transforms images and rounds."""
+    windows, size = Windows((3, 3), (1, 1), (1, 1), (1, 1, 1, 1)), (20, 16, 20, 20)
+    image, kernel = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in (size, (16, 8, 3, 3)))
+    expected = F.conv2d(image.double(), kernel.double(), None, 1, 1, 1, 2)
+    torch._C._set_mkldnn_enabled(onednn)
+    try:
+        sums = grouped.grouped_sums(image, kernel, 2, windows, 127)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert sums is not None
+    assert torch.equal(sums.double(), expected)
+
+
 def test_one_group_is_per_tensor():
     module, x = nn.Linear(16, 5).double(), image(30, 16)
     layer = form(module, x, groups=1, per_channel=False)

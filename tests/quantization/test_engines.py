@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normfuse.quantization import engine_choice
-from normfuse.quantization.engine_choice import choose, exact_engines, extremes, is_exact
+from normfuse.quantization.engine_choice import choose, exact_engines, extremes, is_exact, odd_sums
 from normfuse.quantization.integer_engines import ENGINES, INT64, Engine, reference
 
 CPU = torch.device("cpu")
@@ -67,6 +67,46 @@ def test_rounding_at_depth_is_found(qa: int, qb: int):
     deep_enough = 2**25 // (qa * qb) <= claims.depth(qa, qb)
     assert is_exact(claims, CPU, qa, qb) != deep_enough
     assert is_exact(FLOAT32, CPU, qa, qb)
+
+
+@pytest.mark.parametrize("offset", [lambda qa: 0, lambda qa: qa, lambda qa: 128], ids=["none", "qa", "128"])
+@pytest.mark.parametrize(("qa", "qb"), [(127, 127), (64, 127), (127, 64), (64, 64), (127, 31), (64, 31)])
+def test_rounding_before_the_offset_is_subtracted_is_found(offset: Callable[[int], int], qa: int, qb: int):
+    """As oneDNN does on CPUs with AMX: the sum of ``(a + c) b`` is converted to float32 first."""
+
+    def multiply(a: Tensor, b: Tensor, qa: int) -> Tensor:
+        sums = reference(a.long() + offset(qa), b).to(torch.float32)
+        return sums - (offset(qa) * b.long().sum(1)).to(torch.float32)
+
+    honest = dataclasses.replace(engine(multiply, largest_sum=2**24), offset=offset)
+    depth = honest.depth(qa, qb)
+    assert (qa + offset(qa)) * qb * depth <= 2**24
+    assert is_exact(honest, CPU, qa, qb)
+    for beyond in (2, 3, 4):  # a few columns more than that, whatever the parity of the depth
+        claims = engine(multiply, largest_sum=qa * qb * (depth + beyond))
+        assert claims.depth(qa, qb) == depth + beyond
+        assert not is_exact(claims, CPU, qa, qb)
+
+
+@pytest.mark.parametrize("name", ["onednn", "fbgemm", "float32"])
+@pytest.mark.parametrize(("qa", "qb"), PAIRS)
+def test_depths_leave_room_for_offsets(name: str, qa: int, qb: int):
+    """Derived from the worst order of operations, so that no machine can do worse."""
+    (found,) = (e for e in ENGINES if e.name == name)
+    largest = qa + {"onednn": qa, "fbgemm": 128, "float32": 0}[name]
+    assert found.depth(qa, qb) * largest * qb <= 2**24
+
+
+@pytest.mark.parametrize("columns", [5, 6])
+@pytest.mark.parametrize("offset", [0, 1, 127, 128])
+@pytest.mark.parametrize(("qa", "qb"), [(127, 127), (64, 127), (127, 64), (64, 64)])
+def test_odd_sums_are_odd_and_as_large_as_can_be(qa: int, qb: int, offset: int, columns: int):
+    a, b = odd_sums(columns, qa, qb)
+    sums = (a.long() + offset) @ b.long().T
+    least = (columns * (qa + offset) - 1) * qb - (qa + offset)  # one off in each operand
+    for side in (sums[:, :3], -sums[:, 3:]):
+        assert bool((side % 2 == 1).any())
+        assert int(side.min()) >= least
 
 
 def test_wrong_for_one_row_only_is_found():

@@ -246,7 +246,7 @@ def test_a_small_network_learns():
     x = torch.randn(256, 8)
     target = x.sign() @ torch.linspace(-1, 1, 8).unsqueeze(1)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(200):
+    for _ in range(400):
         optimizer.zero_grad()
         (net(x) - target).square().mean().backward()
         optimizer.step()
