@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class Comparison:
         outputs: How many output tensors were compared for each.
         tolerance: The tolerance it was judged by; None for the default judgement.
         notes: What a reader should know about how it was compared.
+        top1_leads: For each row that does not agree, by how much the source holds its own largest entry above the one
+            that the candidate holds for the largest, relative to the largest element of the output.
     """
 
     passed: bool
@@ -86,6 +88,7 @@ class Comparison:
     outputs: int
     tolerance: Tolerance | None = None
     notes: tuple[str, ...] = ()
+    top1_leads: tuple[float, ...] = ()
 
     def __bool__(self) -> bool:
         return self.passed
@@ -109,6 +112,7 @@ class Comparison:
             "reference_error": _finite(self.reference_error),
             "cosine": _finite(self.cosine),
             "top1": list(self.top1) if self.top1 else None,
+            "top1_leads": list(self.top1_leads),
             "diverges_at": self.diverges_at,
             "failure": self.failure,
             "judge": self.judge,
@@ -143,6 +147,7 @@ class OutputError:
     cosine: float = 1.0
     agreeing: int = 0
     rows: int = 0
+    leads: list[float] = field(default_factory=list)
     fault: str = ""
 
     def add(self, judge: Tensor, new: Tensor, noise: Iterable[tuple[Tensor, float]]) -> None:
@@ -182,8 +187,11 @@ class OutputError:
     def _add_similarity(self, judge: Tensor, new: Tensor) -> None:
         self.cosine = min(self.cosine, _cosine(judge.flatten(), new.flatten()))
         if judge.dim() == 2 and judge.shape[1] > 1:
-            self.agreeing += int((judge.argmax(1) == new.argmax(1)).sum())
-            self.rows += judge.shape[0]
+            largest, found = judge.argmax(1, keepdim=True), new.argmax(1, keepdim=True)
+            other = (largest != found).flatten()
+            self.leads += (judge.gather(1, largest) - judge.gather(1, found))[other].flatten().tolist()
+            self.agreeing += len(other) - int(other.sum())
+            self.rows += len(other)
 
     def note(self) -> str:
         """Return what to know about an output that passed only because it repeats the source's own run."""
@@ -256,6 +264,7 @@ def summarize(
         outputs=len(outputs),
         tolerance=tolerance,
         notes=(*notes, *(text for output in outputs if (text := output.note()))),
+        top1_leads=tuple(_relative(lead, output.scale) for output in outputs for lead in output.leads),
         **details,
     )
 

@@ -195,6 +195,13 @@ precision_options = options(
         show_default=True,
         help="int8, fp8: least cosine to the float64 run.",
     ),
+    click.option(
+        "--min-top1",
+        type=click.FloatRange(0, 1),
+        default=0.9,
+        show_default=True,
+        help="int8, fp8: least part of the rows with the same largest entry as the float64 run.",
+    ),
 )
 
 engine_options = options(

@@ -121,6 +121,7 @@ def _numbers(options: dict[str, Any], loaded: source.Source, example: Example, *
         qdq=options["qdq"] or ("tensorrt" if wants_engine else "onnxruntime"),
         calibrator=options["calib_method"],
         min_cosine=options["min_cosine"],
+        min_top1=options["min_top1"],
     )
 
 

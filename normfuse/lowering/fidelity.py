@@ -2,7 +2,7 @@
 
 Files in a floating-point type are held to rounding (:mod:`normfuse.comparison`); what rounding costs a ``mixed`` file
 is what it costs the source with the same layers in the same types. Quantized numbers are no rounding of the source: a
-file of them is judged on its calibration data, by the cosine similarity of each output to the float64 run.
+file of them is judged on its calibration data, by direction and largest entries (:mod:`.integer_verdict`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from normfuse import rerun
 from normfuse.comparison import Comparison, Tolerance
 from normfuse.graph import Inputs
-from normfuse.lowering import onnx_qdq
+from normfuse.lowering import integer_verdict, onnx_qdq
 from normfuse.lowering.axes import Axes
 from normfuse.lowering.precision import Numbers, cast
 from normfuse.outputs import named_inputs
@@ -49,7 +49,7 @@ def compare_file(
     if numbers.quantized:
         samples = Samples(tuple(numbers.batches(model, example_inputs)[:num_inputs]))
         found = verify(model, Path(path), samples, tolerance=Tolerance(rtol=0.0, atol=math.inf))
-        return judge_by_cosine(found, numbers.min_cosine)
+        return judge_quantized(found, numbers)
     samples = sample_inputs(example_inputs, num_inputs, seed).values
     longer = _longer_batch(model, example_inputs, axes)
     if onnx_qdq.is_calibrated(model):
@@ -58,13 +58,15 @@ def compare_file(
     return verify(model, Path(path), Samples((*samples, *longer)), rounds_like=like)
 
 
-def judge_by_cosine(found: Comparison, least: float) -> Comparison:
-    """Return the comparison of a quantized file, failed where an output points elsewhere than the source's."""
-    note = f"quantized, so judged by its cosine on the calibration data: at least {least:g}"
-    failure = found.failure
-    if not failure and found.cosine < least:
-        failure = f"cosine {found.cosine:.6f} to the float64 run, at least {least:g} is asked for"
-    return dataclasses.replace(found, passed=not failure, failure=failure, tolerance=None, notes=(*found.notes, note))
+def judge_quantized(found: Comparison, numbers: Numbers) -> Comparison:
+    """Return the comparison of a quantized file, failed where it points elsewhere than its source, or chooses so."""
+    least = {"min_cosine": numbers.min_cosine, "min_top1": numbers.min_top1}
+    step = integer_verdict.STEPS[numbers.precision]
+    found = integer_verdict.judged(found, "the float64 run", step=step, **least)
+    asked = f"cosine at least {numbers.min_cosine:g}"
+    if found.top1:
+        asked += f", the same top-1 in {numbers.min_top1:.0%} of the rows but for entries that are one step apart"
+    return dataclasses.replace(found, notes=(*found.notes, f"quantized, so judged on the calibration data: {asked}"))
 
 
 def _longer_batch(model: nn.Module, inputs: Inputs, axes: Axes) -> list[Inputs]:

@@ -24,14 +24,12 @@ from torch import Tensor, nn
 
 from normfuse.comparison import Comparison, Tolerance
 from normfuse.errors import LoweringError
-from normfuse.lowering import graphs, onnxruntime
+from normfuse.lowering import graphs, integer_verdict, onnxruntime
 from normfuse.quantization.calibrated import CalibratedLayer, CalibratedLinear
 from normfuse.quantization.quantizing_layer import QuantizingLayer
 from normfuse.quantization.shiftquant import along, powers_of_half
 from normfuse.rerun import Samples
 from normfuse.verify import verify
-
-MIN_COSINE = 0.9
 
 
 def is_calibrated(model: nn.Module) -> bool:
@@ -107,7 +105,7 @@ def compare(model: nn.Module, path: str | os.PathLike[str], samples: Samples) ->
 
     Layer by layer, each on the integers that it reads in the file: its output must be within one quantization step,
     ``max|y| / q`` of the layer. From layer to layer a last bit can move an integer by one, so the outputs of the whole
-    are held to a cosine similarity of 0.9 only.
+    are held to their direction and largest entries only (:mod:`.integer_verdict`).
     """
     found = verify(model, Path(path), samples, tolerance=Tolerance(rtol=0.0, atol=math.inf))
     steps = [layer_steps(model, path, inputs) for inputs in samples.values[:2]]
@@ -115,12 +113,12 @@ def compare(model: nn.Module, path: str | os.PathLike[str], samples: Samples) ->
     failure = found.failure
     if not failure and not worst[0] <= 1:
         failure = f"{worst[1]} is off by {worst[0]:.3g} quantization steps"
-    if not failure and not found.cosine >= MIN_COSINE:
-        failure = f"cosine {found.cosine:.4f} to the quantized model, at least {MIN_COSINE:g} is asked for"
     note = (
         f"quantized: {len(steps[0])} layers, on the integers that each reads in the file, are {worst[0]:.1g} steps off"
     )
-    return dataclasses.replace(found, passed=not failure, failure=failure, tolerance=None, notes=(*found.notes, note))
+    found = dataclasses.replace(found, failure=failure, notes=(*found.notes, note))
+    step = max(1 / layer.limit for layer in model.modules() if isinstance(layer, CalibratedLayer))
+    return integer_verdict.judged(found, "the quantized model", step=step)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from normfuse import activations, ranges, rerun
 from normfuse.calibration import Batches, Calibration
 from normfuse.errors import LoweringError
 from normfuse.graph import Inputs
+from normfuse.lowering.integer_verdict import MIN_COSINE, MIN_TOP1
 from normfuse.norms import is_norm
 from normfuse.outputs import map_tensors
 
@@ -27,7 +28,6 @@ Placement = Literal["onnxruntime", "tensorrt"]
 Calibrator = Literal["minmax", "entropy", "percentile"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "mixed": torch.float16}
 QUANTIZED = ("int8", "fp8")
-MIN_COSINE = 0.9
 FLUSHED, SUBNORMAL = 1e-3, 0.05  # fractions of a layer's elements from which on it is worth a line
 SPREAD = 1e4  # ratio of the largest to the smallest channel from which on eight bits are worth a line
 
@@ -44,6 +44,7 @@ class Numbers:
         qdq: Where ``int8`` puts its quantizers: as ONNX Runtime or as TensorRT wants them.
         calibrator: How the range of an activation follows from its values.
         min_cosine: The cosine similarity to the float64 run, for each output, below which a quantized file is refused.
+        min_top1: The part of the rows with the same largest entry below which it is (:mod:`.integer_verdict`).
     """
 
     precision: Precision = "fp32"
@@ -52,6 +53,7 @@ class Numbers:
     qdq: Placement = "onnxruntime"
     calibrator: Calibrator = "minmax"
     min_cosine: float = MIN_COSINE
+    min_top1: float = MIN_TOP1
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
