@@ -49,7 +49,7 @@ def absorb_input(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[st
     """
     weight = graph.tensor(absorber.weight).detach()
     if m.has_shift and absorber.padded:
-        raise Refused(Reason.NONZERO_PADDING, f"{absorber.name} pads with zeros, which a shift cannot enter")
+        raise Refused(Reason.NONZERO_PADDING, f"a shift cannot enter {absorber.name}, {_border(absorber)}")
     in_size = weight.shape[0] if absorber.transposed else weight.shape[1] * absorber.groups
     scale, shift = m.vectors(_channel_axis(absorber, weight, graph), in_size, absorber.name)
     new = numerics.scale_inputs(weight, scale, groups=absorber.groups, transposed=absorber.transposed)
@@ -59,6 +59,10 @@ def absorb_input(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[st
     added = numerics.output_of_shift(by_output, shift, groups=absorber.groups)
     old_bias = _bias(absorber, graph)
     return _with_bias(absorber, new, old_bias, added if old_bias is None else old_bias + added, graph)
+
+
+def _border(absorber: Absorber) -> str:
+    return "whose border sees fewer taps" if absorber.transposed else "which pads with zeros"
 
 
 def _out_size(absorber: Absorber, weight: Tensor) -> int:

@@ -94,15 +94,15 @@ class AffineMap:
             raise Refused(Reason.AXIS, f"the map is one of {max(lengths)} channels, {layer} has {size}")
         return tuple(t.reshape(-1).expand(size) for t in (self.scale, self.shift))  # type: ignore[return-value]
 
-    def require_constant(self, axes: tuple[int, ...], operation: str) -> None:
-        """Refuse where the map varies along one of these axes.
+    def require_constant(self, axes: tuple[int, ...], action: str) -> None:
+        """Refuse where the map varies along one of these axes; the action is what is done there: ``"pool averages"``.
 
         Raises:
             Refused: It does, so an operation that mixes values along them cannot let it pass.
         """
         for axis in axes:
             if self.varies(axis):
-                raise Refused(Reason.AXIS, f"{operation} mixes values along axis {axis}, where the map varies")
+                raise Refused(Reason.AXIS, f"{action} along axis {axis}, where the map varies")
 
 
 def identity(shape: tuple[int, ...]) -> AffineMap:

@@ -21,6 +21,7 @@ from normfuse.centering import center
 from normfuse.graph import ModelGraph
 from normfuse.norms import Norm
 from normfuse.numerics import exact
+from normfuse.operations import named
 from normfuse.streams import Stream
 
 _READ_THEIR_NORMS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # for one fused kernel
@@ -68,7 +69,7 @@ def _require_own_parameters(norm: Norm, module: nn.Module, graph: ModelGraph) ->
             raise Refused(Reason.SHARED_PARAMETER, f"{name} is also {others}")
         other = next((use for use in graph.uses(name) if use not in norm.nodes), None)
         if other is not None:
-            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {other.name}")
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {named(other, graph)}")
 
 
 def _axis_of_calls(norm: Norm, streams: Sequence[Stream], graph: ModelGraph) -> int:

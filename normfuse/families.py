@@ -158,8 +158,8 @@ def stays(norm: Norm, graph: ModelGraph) -> bool:
     return family is not None and family.verdict == "stays"
 
 
-def explain(norm: Norm, graph: ModelGraph) -> Refusal:
-    """Return why a norm, of which no pass moved anything, stays as it is."""
+def explain(norm: Norm, graph: ModelGraph, ran: tuple[str, ...] = ()) -> Refusal:
+    """Return why a norm, of which no pass moved anything, stays as it is; and what to do beyond the passes that ran."""
     module = graph.module(norm.module) if norm.module is not None else None
     family = family_of(module, norm.layer)
     if norm.layer == "BatchNorm, written out":
@@ -168,11 +168,22 @@ def explain(norm: Norm, graph: ModelGraph) -> Refusal:
     form = identify(module) if module is not None else None
     if form is not None and (family is None or family.name in ("LayerNorm", "RMSNorm", "pRMSNorm", "ScaleNorm")):
         family = next(f for f in FAMILIES if f.name == ("LayerNorm" if form.kind == "layer" else "RMSNorm"))
-        return Refusal(family.reason, f"{norm.name} is {form}, which {family.why}", family.advice)
+        return _stayed(f"{norm.name} is {form}, which {family.why}", family, ran)
     if family is None:
         text = f"no rule knows what {norm.name} ({norm.layer}) computes, and no pass of this run has anything to move"
         return Refusal(Reason.UNSUPPORTED_LAYER, text)
-    return Refusal(family.reason, f"{norm.name} is {family.name}, which {family.why}", family.advice)
+    if "fold-bn" in ran and family.verdict == "folds":  # it was looked at, and found to be no such map
+        text = f"{norm.name} ({norm.layer}) is {family.name} by name, but does more than add and multiply constants"
+        return Refusal(Reason.FORWARD_OVERRIDDEN, text)
+    return _stayed(f"{norm.name} is {family.name}, which {family.why}", family, ran)
+
+
+def _stayed(text: str, family: Family, ran: tuple[str, ...]) -> Refusal:
+    """Return the refusal of a norm that stays, without advice to run a pass that ran and found nothing to move."""
+    advice = [part for part in family.advice.split("; ") if not any(name in part for name in ran)]
+    if _GAIN in family.advice and _GAIN not in advice:
+        text += "; fold-affine finds no gain and no shift of it to move"
+    return Refusal(family.reason, text, "; ".join(advice))
 
 
 def notes(norms: list[Norm], graph: ModelGraph) -> Iterator[str]:

@@ -44,7 +44,8 @@ def finish(plan: Plan, graph: ModelGraph) -> dict[str, Tensor]:
         new = absorb(absorber, maps[0], graph)
         if not all(m.equals(maps[0]) for m in maps[1:]):
             hint = _DUPLICATE if len({node.meta.get("run") for node in calls}) < len(calls) else ""
-            raise Refused(Reason.SHARED_MODULE, f"{absorber.name} is called with different norms", hint)
+            text = f"{absorber.name} is called {len(calls)} times, and its calls would need different weights"
+            raise Refused(Reason.SHARED_MODULE, text, hint)
         if tensors.keys() & new.keys():
             raise Refused(Reason.SHARED_MODULE, f"{absorber.name} would take a map on both sides")
         tensors |= new
@@ -108,7 +109,7 @@ def require_plain(absorber: Absorber, graph: ModelGraph) -> None:
             raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
         require_saved(absorber.weight, graph)
     if is_uninitialized(module):
-        raise Refused(Reason.UNINITIALIZED, f"{owner} has no values yet", "run the model once")
+        raise Refused(Reason.UNINITIALIZED, f"{owner or 'the model'} has no values yet", "run the model once")
     require_no_hooks(owner, graph)
     tensor = graph.tensor(absorber.weight)
     if tensor.is_quantized or _computes_differently(tensor):
@@ -150,7 +151,7 @@ def require_no_hooks(name: str | None, graph: ModelGraph) -> None:
         )
         raise Refused(Reason.HAS_HOOKS, text, "remove it first")
     if has_hooks(graph.module(name)) and not is_uninitialized(graph.module(name)):  # a lazy layer has hooks of its own
-        raise Refused(Reason.HAS_HOOKS, f"a hook on {name} would see other values", "remove it first")
+        raise Refused(Reason.HAS_HOOKS, f"a hook on {name or 'the model'} would see other values", "remove it first")
 
 
 def require_replaceable(name: str | None, graph: ModelGraph) -> None:

@@ -90,6 +90,15 @@ def describe(node: fx.Node, graph: ModelGraph) -> Operation:
     return Operation(name, _in_order(node), {**arguments_of(node), "function": plain}, label)
 
 
+def named(node: fx.Node, graph: ModelGraph) -> str:
+    """Return how to call a value, or what reads one, in a message."""
+    if node.op == "placeholder":
+        return f"the input {node.name} of the model"
+    if node.op == "output":
+        return "the output of the model"
+    return str(node.target) if node.op == "get_attr" else describe(node, graph).label
+
+
 def _of_layer(node: fx.Node, graph: ModelGraph, inputs: tuple[fx.Node, ...]) -> Operation:
     module = graph.module_of(node)
     assert module is not None

@@ -53,25 +53,27 @@ def _gather(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
 
 
 def _copies(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(_padded(op, m), op.label)
+    m.require_constant(_padded(op, m), f"{op.label} pads")
     return m
 
 
 def _average_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(_window(op, m), op.label)
+    m.require_constant(_window(op, m), f"{op.label} mixes values")
     padded = any(_flat(op.args.get("padding", 0))) and op.args.get("count_include_pad", True)
-    if m.has_shift and (padded or op.args.get("divisor_override")):
+    if m.has_shift and padded:
         raise Refused(Reason.NONZERO_PADDING, f"{op.label} averages zeros in, which a shift would miss")
+    if m.has_shift and op.args.get("divisor_override"):
+        raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}, which has a divisor of its own")
     return m
 
 
 def _adaptive_average_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(_window(op, m), op.label)
+    m.require_constant(_window(op, m), f"{op.label} mixes values")
     return m
 
 
 def _max_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(_window(op, m), op.label)
+    m.require_constant(_window(op, m), f"{op.label} mixes values")
     if op.args.get("return_indices"):
         raise Refused(Reason.OPAQUE_OPERATION, f"{op.label} returns indices")
     _require_order(m, op)
@@ -109,7 +111,7 @@ def _slope(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph) -> Ten
 
 
 def _interpolate(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
-    m.require_constant(tuple(range(2, m.rank)), op.label)
+    m.require_constant(tuple(range(2, m.rank)), f"{op.label} mixes values")
     return m
 
 
@@ -121,7 +123,7 @@ def _reduce(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
     keep = bool(op.args.get("keepdim", False))
     if not forwards and not keep:
         m = m.transform(lambda t: _insert(t, axes))
-    m.require_constant(axes, op.label)
+    m.require_constant(axes, f"{op.label} mixes values")
     if op.name == "sum" and m.has_shift:
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}")
     if op.name == "amax":
@@ -136,7 +138,7 @@ def _pad(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards
         return _copies(node, op, m, graph, forwards)
     if all(width <= 0 for width in _flat(op.args.get("padding"))):  # it cuts off, and pads nothing
         return _gather(node, op, m, graph, forwards)
-    m.require_constant(_padded(op, m), op.label)
+    m.require_constant(_padded(op, m), f"{op.label} pads")
     value = float(op.args.get("value") or 0.0)
     if not bool((m.scale * value + m.shift == value).all()):
         raise Refused(Reason.NONZERO_PADDING, f"{op.label} pads with {value:g}, which the map would have to change")

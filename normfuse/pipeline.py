@@ -65,6 +65,7 @@ class _Run:
 
     selection: Selection
     original: dict[int, str]
+    ran: tuple[str, ...] = ()
     outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
     unread: dict[str, Refusal] = field(default_factory=dict)
     """Why a pass, by its name, could not look at the model at all."""
@@ -106,7 +107,8 @@ def _edit(
     notes = _notes(work, passes)
     change_of_class.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(work.state_dict())
-    state = _Run(selection, {key: names[0] for key, names in module_names(work).items()})
+    original = {key: names[0] for key, names in module_names(work).items()}
+    state = _Run(selection, original, tuple(one.name for one in passes))
     graph = capture(work, example_inputs)
     inventory, first, unreached = norms.find_norms(graph), graph, reach.unreached(graph)
     for index, one in enumerate(passes):
@@ -259,7 +261,7 @@ def _about(norm: norms.Norm, state: _Run, graph: ModelGraph) -> Outcome:
     if outcome is None:
         return _unrun(norm.name, norm.layer) if norm.name in state.guarded else _left(norm, graph, state)
     if outcome.status is Status.REFUSED and families.stays(norm, graph) and norm.nodes:
-        return replace(outcome, refusal=families.explain(norm, graph))
+        return replace(outcome, refusal=families.explain(norm, graph, state.ran))
     return outcome
 
 
@@ -277,4 +279,4 @@ def _left(norm: norms.Norm, graph: ModelGraph, state: _Run) -> Outcome:
         return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if graph.partial else None)
     for name, refusal in state.unread.items():
         return Outcome(name, Status.REFUSED, norm.name, norm.layer, refusal=refusal)
-    return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=families.explain(norm, graph))
+    return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=families.explain(norm, graph, state.ran))

@@ -19,7 +19,7 @@ from normfuse.affine import AffineMap, compress
 from normfuse.base import Reason, Refusal, Refused
 from normfuse.graph import ModelGraph, occurrences
 from normfuse.legality import require_plain
-from normfuse.operations import describe
+from normfuse.operations import describe, named
 from normfuse.surgery import Edit
 
 Side = Literal["output", "input"]
@@ -74,7 +74,7 @@ class Router:
             grown.add(self._constant(absorber, reader, wanted), "output", value, wanted)
             return grown
         if value.op == "placeholder":
-            raise Refused(Reason.NO_PRODUCER, "it is fed by the input of the model")
+            raise Refused(Reason.NO_PRODUCER, f"{value.name} is an input of the model")
         return self._through(value, wanted, plan)
 
     def _constant(self, absorber: Absorber, reader: fx.Node, wanted: AffineMap) -> Absorber:
@@ -119,7 +119,7 @@ class Router:
             return False
         if m.rank != len(layer.padding) // 2 + 2:
             return False
-        m.require_constant(tuple(axis for axis in range(m.rank) if axis != 1), f"{node.target}")
+        m.require_constant(tuple(axis for axis in range(m.rank) if axis != 1), f"{node.target} pads")
         return m.has_shift or layer.value != 0
 
     def _value_before(self, node: fx.Node, given: AffineMap) -> Tensor:
@@ -138,14 +138,15 @@ class Router:
         if len(readers) == 1:
             return
         if not others:
-            raise Refused(Reason.EXTRA_CONSUMER, f"{_name(reader)} reads {_name(value)} more than once")
+            text = f"{named(reader, self.graph)} reads {named(value, self.graph)} more than once"
+            raise Refused(Reason.EXTRA_CONSUMER, text)
         siblings = [part for node in others for part in self._parts(node)]
         gathers = all(gather.is_gather(part, self.graph) for part in (reader, *siblings))
         if gathers and gather.shows_apart(reader, siblings, self.graph):
             return
         other = others[0]
-        what = "an output of the model" if other.op == "output" else f"read by {describe(other, self.graph).label}"
-        raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is also {what}")
+        what = "an output of the model" if other.op == "output" else f"read by {named(other, self.graph)}"
+        raise Refused(Reason.EXTRA_CONSUMER, f"{named(value, self.graph)} is also {what}")
 
     def _parts(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that an operation makes: itself, or those of several results that anything reads."""
@@ -161,7 +162,7 @@ class Router:
         if given.is_identity:
             return plan
         if not self.graph.consumers(value):
-            raise Refused(Reason.EXTRA_CONSUMER, f"nothing reads {_name(value)}")
+            raise Refused(Reason.EXTRA_CONSUMER, f"nothing reads {named(value, self.graph)}")
         grown = plan.copy()
         grown.passed.append(value)
         return self._onwards(value, given, grown)
@@ -174,14 +175,15 @@ class Router:
 
     def _into(self, reader: fx.Node, value: fx.Node, given: AffineMap, plan: Plan) -> Plan:
         if reader.op == "output":
-            raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is an output of the model")
+            raise Refused(Reason.EXTRA_CONSUMER, f"{named(value, self.graph)} is an output of the model")
         absorber = absorbers.input_side(reader, value, self.graph)
         if absorber is not None:
             grown = plan.copy()
             grown.add(absorber, "input", reader, given)
             return grown
         if occurrences(reader, value) != 1:
-            raise Refused(Reason.OPAQUE_OPERATION, f"{_name(reader)} reads {_name(value)} more than once")
+            text = f"{named(reader, self.graph)} reads {named(value, self.graph)} more than once"
+            raise Refused(Reason.OPAQUE_OPERATION, text)
         if self._pads_by_channel(reader, given):
             return self._onwards(reader, given, _with_pad(plan, reader, self._value_before(reader, given)))
         grown = plan.copy()
@@ -223,7 +225,3 @@ def joined(back: Refusal, ahead: Refusal) -> Refused:
     closest = ahead if back.reason in _SEARCH_ENDED and ahead.reason not in _SEARCH_ENDED else back
     detail = f"backwards, {back.detail}; forwards, {ahead.detail}"
     return Refused(closest.reason, detail, closest.hint)
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op in ("call_module", "get_attr") else node.name

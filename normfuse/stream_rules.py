@@ -21,7 +21,7 @@ from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
 from normfuse.joining import joined_axis
 from normfuse.numerics import exact
-from normfuse.operations import Operation, describe
+from normfuse.operations import Operation, describe, named
 from normfuse.passing import PASSING, axes_of
 
 Place = tuple[fx.Node, int]
@@ -63,7 +63,7 @@ def _moved(node: fx.Node, op: Operation, axis: int, graph: ModelGraph) -> list[P
     for source_axis in reversed(range(len(shape))):
         if _shows_whole(index, axis, shape, source_axis):
             return [(source, source_axis)]
-    raise Refused(Reason.AXIS, f"{op.label} takes the channels of {_name(source)} apart")
+    raise Refused(Reason.AXIS, f"{op.label} takes the channels of {named(source, graph)} apart")
 
 
 def _shows_whole(index: Tensor, axis: int, shape: tuple[int, ...], source_axis: int) -> bool:
@@ -148,7 +148,3 @@ _RULES: dict[str, Rule] = {
     "cat": _concatenation,
     "stack": _stack,
 }
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op in ("call_module", "get_attr") else node.name

@@ -20,7 +20,7 @@ from normfuse.capture.leaves import base_layer
 from normfuse.centering import Writer, results, writer_of
 from normfuse.graph import ModelGraph, function_name
 from normfuse.norms import Norm, find_norms, has_affine_form
-from normfuse.operations import describe
+from normfuse.operations import describe, named
 from normfuse.stream_rules import Place, keeps_centred, sources
 
 
@@ -174,13 +174,13 @@ class StreamFinder:
     def _ahead(self, reader: fx.Node, value: fx.Node, axis: int, stream: Stream) -> list[Place]:
         """Return what becomes centred with ``value`` in one of its readers; a LayerNorm ends the way."""
         if reader.op == "output":
-            raise Refused(Reason.EXTRA_CONSUMER, f"{_name(value)} is an output of the model")
+            raise Refused(Reason.EXTRA_CONSUMER, f"{named(value, self.graph)} is an output of the model")
         if reader in self.layer_norms:
             self._note_norm(reader, value, axis, stream)
             return []
-        operation = describe(reader, self.graph)
-        if not keeps_centred(operation):
-            text = f"{_name(value)} is also read by {operation.label or reader.name}, which would see it centred"
+        if not keeps_centred(describe(reader, self.graph)):
+            what, other = named(value, self.graph), named(reader, self.graph)
+            text = f"{what} is also read by {other}, which would see it centred"
             raise Refused(Reason.EXTRA_CONSUMER, text)
         parts = [user for user in reader.users if user.target is gather.pick]
         return [place for part in parts or [reader] for place in self._through(part, value, axis)]
@@ -188,7 +188,8 @@ class StreamFinder:
     def _note_norm(self, reader: fx.Node, value: fx.Node, axis: int, stream: Stream) -> None:
         single = len(normalized_shape(reader, self.graph)) == 1
         if not single or input_of(reader) is not value or axis != len(self.graph.shape(value) or ()) - 1:
-            text = f"{self.layer_norms[reader].name} normalises other axes of {_name(value)} than axis {axis}"
+            name, what = self.layer_norms[reader].name, named(value, self.graph)
+            text = f"{name} normalises other axes of {what} than axis {axis}"
             raise Refused(Reason.AXIS, text)
         if reader not in stream.norms:
             stream.norms.append(reader)
@@ -203,9 +204,5 @@ class StreamFinder:
                     return [(reader, out_axis)]
             except Refused as refused:
                 refusals.append(refused)
-        label = describe(reader, self.graph).label
-        raise next(iter(refusals), None) or Refused(Reason.AXIS, f"{label} takes the channels of {_name(value)} apart")
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op in ("call_module", "get_attr") else node.name
+        text = f"{named(reader, self.graph)} takes the channels of {named(value, self.graph)} apart"
+        raise next(iter(refusals), None) or Refused(Reason.AXIS, text)

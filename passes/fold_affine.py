@@ -24,6 +24,7 @@ from normfuse.gains import Gain
 from normfuse.graph import ModelGraph
 from normfuse.legality import finish, require_replaceable
 from normfuse.norms import Norm
+from normfuse.operations import named
 from normfuse.routes import Plan, Router, joined, pad_edits
 from normfuse.scopes import common_tail
 
@@ -137,7 +138,7 @@ def _require_own(name: str, gain: Gain, graph: ModelGraph) -> None:
     own = {node for call in gain.calls for node in (call.node, call.output)}
     for reader in _readers(graph.uses(name), graph):
         if reader not in own:
-            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {reader.name}")
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {named(reader, graph)}")
 
 
 def _readers(nodes: list[fx.Node], graph: ModelGraph) -> Iterator[fx.Node]:

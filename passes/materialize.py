@@ -26,6 +26,7 @@ from normfuse.capture.leaves import base_layer
 from normfuse.capture.modes import eval_mode
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, function_name
+from normfuse.operations import named
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _SAME_PADDED = {
@@ -144,7 +145,7 @@ def _require_hook_to_run(subject: str, site: _Parametrized, graph: ModelGraph) -
     for node in graph.uses(subject):
         scopes = {call.name for call in node.meta.get("scope", ())} | {str(node.target)}
         if site.module not in scopes:
-            text = f"{node.name} reads {subject} without a call of {site.module}, which would compute it first"
+            text = f"{named(node, graph)} reads {subject} without a call of {site.module}, which would compute it first"
             raise Refused(Reason.PARAMETRIZED, text, "torch.nn.utils.parametrizations compute it at every read")
 
 
@@ -240,4 +241,4 @@ def _require_own_readers(name: str, graph: ModelGraph) -> None:
     for node in graph.uses(name):
         scopes = {call.name for call in node.meta.get("scope", ())} | {str(node.target)}
         if not owners & scopes:
-            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {node.name}")
+            raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {named(node, graph)}")

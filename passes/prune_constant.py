@@ -24,6 +24,7 @@ from normfuse.call_arguments import arguments_of
 from normfuse.graph import ModelGraph, function_name
 from normfuse.legality import require_no_hooks
 from normfuse.norms import Norm
+from normfuse.operations import named
 
 _POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh)
 _POINTWISE = (*_POINTWISE, nn.Sigmoid, nn.Tanh, nn.Mish, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -92,8 +93,10 @@ class PruneConstant(Pass):
 
 def _neighbours(norm: Norm, graph: ModelGraph) -> tuple[str, str, Tensor]:
     """Return the layer in front of a norm, the one behind it, and the value of each channel there if it is constant."""
-    if len(norm.nodes) != 1 or norm.nodes[0].op != "call_module":
-        raise Refused(Reason.SHARED_MODULE, f"{norm.name} is called {len(norm.nodes)} times, or read through")
+    if len(norm.nodes) != 1:
+        raise Refused(Reason.SHARED_MODULE, f"{norm.name} is called {len(norm.nodes)} times")
+    if norm.nodes[0].op != "call_module":
+        raise Refused(Reason.FORWARD_OVERRIDDEN, f"{norm.name} ({norm.layer}) has a forward of its own")
     if graph.partial:
         raise Refused(Reason.PARTIAL_CAPTURE, "only parts of the model could be traced", "pass example_inputs")
     node = norm.nodes[0]
@@ -105,8 +108,10 @@ def _neighbours(norm: Norm, graph: ModelGraph) -> tuple[str, str, Tensor]:
     constant = beta.double().cpu()
     while True:
         consumers = graph.consumers(node)
-        if len(consumers) != 1 or consumers[0].op == "output":
-            raise Refused(Reason.EXTRA_CONSUMER, f"{node.name} is used {len(consumers)} times, or is an output")
+        if any(reader.op == "output" for reader in consumers):
+            raise Refused(Reason.EXTRA_CONSUMER, f"{named(node, graph)} is an output of the model")
+        if len(consumers) != 1:
+            raise Refused(Reason.EXTRA_CONSUMER, f"{named(node, graph)} is read {len(consumers)} times")
         node = consumers[0]
         if _is_product(graph.module_of(node)):
             return _product(value, graph), _product(node, graph), constant
@@ -121,7 +126,9 @@ def _product(node: fx.Node, graph: ModelGraph) -> str:
     """Return the name of an undivided convolution or linear layer with one call and weights of its own."""
     module: Any = graph.module_of(node)
     if not _is_product(module):
-        raise Refused(Reason.UNSUPPORTED_LAYER, f"{node.name} is no convolution or linear layer that can lose channels")
+        raise Refused(
+            Reason.UNSUPPORTED_LAYER, f"{named(node, graph)} is no convolution or linear layer that can lose channels"
+        )
     name = str(node.target)
     if getattr(module, "groups", 1) > 1:
         raise Refused(Reason.UNSUPPORTED_LAYER, f"{name} has {module.groups} groups of channels")
@@ -148,7 +155,7 @@ def _through(node: fx.Node, constant: Tensor, graph: ModelGraph) -> Tensor:
             return constant
         if before is not None and after is not None and len(after) == 2:
             return constant.repeat_interleave(after[1] // before[1])
-    raise Refused(Reason.OPAQUE_OPERATION, f"a constant channel cannot pass {node.name}")
+    raise Refused(Reason.OPAQUE_OPERATION, f"a constant channel cannot pass {named(node, graph)}")
 
 
 def _averages_space(node: fx.Node, name: str, graph: ModelGraph) -> bool:
