@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from normfuse.heads import head_layers
 from normfuse.norms import is_norm
 
 
@@ -23,9 +24,11 @@ def parameter_groups(
 
             - ``"all"``: every parameter;
             - ``"norm"``: gain and shift of every norm (what arXiv 2003.00152 trains);
-            - ``"head"``: the last layer that has parameters;
+            - ``"head"``: the layers that make the outputs (:mod:`normfuse.heads`): one for a classifier, several where
+              a network has auxiliary classifiers, is distilled, or detects and segments;
             - ``"last-stage"``: everything from the stage that halves the resolution for the last time on;
-            - ``"bias"``: every parameter called ``bias``;
+            - ``"bias"``: every parameter that is added: ``bias``, ``in_proj_bias``, ``bias_ih_l0``, shifts of norms;
+              not the tables that attention takes biases of positions from;
             - a glob of qualified names of modules or parameters, such as ``"layer4.*"``.
         weight_decay: If given, the first group gets it, and a second one, of everything with one axis (gains, shifts,
             biases), gets 0.
@@ -61,19 +64,28 @@ def _chosen(model: nn.Module, choice: str) -> set[str]:
     if choice == "all":
         return set(parameters)
     if choice == "bias":
-        return {name for name in parameters if name.rpartition(".")[2] == "bias"}
+        return {name for name in parameters if _is_bias(name)}
     if choice == "norm":
         return _inside([name for name, module in model.named_modules() if is_norm(module)], parameters)
     if choice == "head":
-        return _inside([name for name, module in model.named_modules() if module._parameters][-1:], parameters)
+        return _inside(head_layers(model), parameters)
     if choice == "last-stage":
         return _inside(_last_stage(model), parameters)
     matched = [name for name, _ in model.named_modules() if fnmatch.fnmatchcase(name, choice)]
     return _inside(matched, parameters) | {name for name in parameters if fnmatch.fnmatchcase(name, choice)}
 
 
+def _is_bias(name: str) -> bool:
+    """Whether a parameter is a bias, by the words of its name; a parametrized one has its name one level up."""
+    *path, last = name.split(".")
+    if path[-2:-1] == ["parametrizations"]:
+        last = path[-1]
+    words = last.split("_")
+    return "bias" in words and "table" not in words
+
+
 def _inside(modules: Sequence[str], parameters: dict[str, nn.Parameter]) -> set[str]:
-    prefixes = tuple(f"{name}." for name in modules)
+    prefixes = tuple(f"{name}." if name else "" for name in modules)
     return {name for name in parameters if name.startswith(prefixes)} if prefixes else set()
 
 

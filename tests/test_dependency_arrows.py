@@ -26,7 +26,7 @@ LEVELS = (
     ("branches", "scopes", "gains"),
     ("product_calls", "absorbers", "bias_trials", "absorption"),
     ("gather", "passing", "joining", "rules", "legality", "routes"),
-    ("pairs", "centering", "stream_rules", "streams", "as_rms_norm"),
+    ("pairs", "heads", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
     ("layer_quantization", "layer_ranges"),
     ("passes",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,52 @@ NORMS = ["stem.1.weight", "stem.1.bias", "stage.1.weight", "stage.1.bias", "last
 def test_choices(which: str | list[str], expected: list[str]):
     """In the order of the model, whatever the order of the choices."""
     assert chosen(which) == expected
+
+
+BIASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "attention": (
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        {"in_proj_bias", "bias_k", "bias_v", "out_proj.bias"},
+    ),
+    "attention of three widths": (lambda: nn.MultiheadAttention(8, 2, kdim=4), {"in_proj_bias", "out_proj.bias"}),
+    "LSTM": (
+        lambda: nn.LSTM(3, 4, 2, bidirectional=True),
+        {f"bias_{way}_l{layer}{back}" for way in ("ih", "hh") for layer in (0, 1) for back in ("", "_reverse")},
+    ),
+    "GRU cell": (lambda: nn.GRUCell(3, 4), {"bias_ih", "bias_hh"}),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+        {"self_attn.in_proj_bias", "self_attn.out_proj.bias"}
+        | {f"{layer}.bias" for layer in ("linear1", "linear2", "norm1", "norm2")},
+    ),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2), "bias", dim=None),
+        {"parametrizations.bias.original0", "parametrizations.bias.original1"},
+    ),
+    "bilinear": (lambda: nn.Bilinear(2, 2, 2), {"bias"}),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_every_bias(name: str):
+    make, expected = BIASES[name]
+    model = make()
+    assert set(names(model, parameter_groups(model, "bias"))) == expected
+
+
+class Positions(nn.Module):
+    """What attention adds by position, as Swin has it, beside biases of queries and values, as BEiT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.unbiased = nn.Parameter(torch.zeros(3))
+
+
+def test_tables_of_positions_are_no_biases():
+    model = Positions()
+    assert names(model, parameter_groups(model, "bias")) == ["q_bias", "v_bias"]
 
 
 def test_a_choice_thaws_what_another_froze():
