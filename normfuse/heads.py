@@ -1,10 +1,10 @@
 """The layers that make the outputs of a network, found without running it.
 
 Where a model says which they are, it is believed: timm's ``get_classifier``, and what a model of transformers has
-beside its base model. Otherwise heads are found by name, near the root (``head``, ``classifier``, ``fc``, ``rpn.head``,
-``aux_classifier``, ``roi_heads``), and of each the layers that feed no other: the last of a sequence, and of any other
-module those whose width no later layer takes (so one with exactly as many outputs as a layer behind it has inputs is missed).
-Where nothing is called like that, it is the last layer that has parameters.
+beside its base model. Otherwise heads are found by name, near the root (``head``, ``classifier``, ``fc``,
+``rpn.head``, ``aux_classifier``, ``roi_heads``), and of each the layers that feed no other: the last of a sequence,
+and of any other module those whose width no later layer takes (so one with exactly as many outputs as a layer behind
+it has inputs is missed). Where nothing is called like that, it is the last layer that has parameters.
 """
 
 from __future__ import annotations
