@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normfuse.layers import gain_gradient, scaled
 from normfuse.layers.fixed_statistics import Statistics
 from normfuse.layers.kept import Kept, kept_distance
-from normfuse.layers.tuned import Pairing, TunedProduct, enter
+from tests.gradients import apply_norm
 from tests.layers.test_scaled import kept_tensors
 from tests.parity import error
 
@@ -72,12 +72,22 @@ def pair(name: str, offset: float, *, cancelling: bool = False) -> tuple[nn.Sequ
     return model.float().double().eval(), x
 
 
+class ByProduct(nn.Sequential):
+    """A pair in Tune mode, whose product returns the normalized value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
 def tuned(model: nn.Sequential) -> nn.Sequential:
     """Return a pair in Tune mode, also where the norm is over the rows of a linear layer."""
-    made = copy.deepcopy(model)
-    norm = made[1].norm if isinstance(made[1], Rows) else made[1]
-    enter(made[0], TunedProduct, Pairing(norm))  # type: ignore[arg-type]
-    return made[:1]
+    made = ByProduct(*copy.deepcopy(model))
+    apply_norm(made[0], norm_of(made))
+    return made
+
+
+def norm_of(model: nn.Sequential) -> nn.Module:
+    return model[1].norm if isinstance(model[1], Rows) else model[1]  # type: ignore[return-value]
 
 
 def coherent(z: Tensor) -> Tensor:
@@ -90,9 +100,7 @@ def coherent(z: Tensor) -> Tensor:
 
 
 def gain_of(model: nn.Sequential) -> nn.Parameter:
-    if len(model) == 1:
-        return vars(model[0])["_normfuse_tuned"].norm.weight
-    return model[1].norm.weight if isinstance(model[1], Rows) else model[1].weight  # type: ignore[return-value,union-attr]
+    return norm_of(model).weight  # type: ignore[return-value]
 
 
 def off(model: nn.Sequential, x: Tensor, exact: Tensor, grad: Tensor, context: Any) -> float:
@@ -178,8 +186,6 @@ def test_nothing_more_is_kept_for_backward():
     model, x = pair("convolution", 1000.0)
     one = tuned(model)
     own = {t.data_ptr() for t in (x, *model.state_dict().values(), *one.state_dict().values())}
-    norm = vars(one[0])["_normfuse_tuned"].norm
-    own |= {t.data_ptr() for t in norm.state_dict().values()}
     assert {t.data_ptr() for t in kept_tensors(lambda: one(x))} <= own
 
 
