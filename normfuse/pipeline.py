@@ -18,6 +18,7 @@ from normfuse.base import Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
 from normfuse.errors import PassContractError
 from normfuse.examples import Examples, Inputs
+from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, module_names
 from normfuse.layers import change_of_class
 from normfuse.manifest import make_manifest
@@ -72,6 +73,7 @@ class _Run:
     guarded: dict[str, str] = field(default_factory=dict)
 
 
+@exclusive
 def run(
     model: M,
     passes: Sequence[Pass],

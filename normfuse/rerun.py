@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfuse import surgery
 from normfuse.capture.modes import seeded
+from normfuse.exclusive import exclusive
 from normfuse.graph import Inputs
 from normfuse.outputs import arguments, copied, map_tensors
 
@@ -103,6 +105,7 @@ def cast_inputs(inputs: Any, dtype: torch.dtype | None) -> Any:
     return inputs if dtype is None else map_tensors(inputs, lambda t: t.to(dtype if t.is_floating_point() else None))
 
 
+@exclusive
 def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, *, promote: bool = False) -> Any:
     """Call the model without gradients on a copy of the inputs.
 
@@ -113,28 +116,50 @@ def run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None, *, p
         promote: Read every narrower type that ``forward`` names as float64.
     """
     args, kwargs = arguments(cast_inputs(inputs, dtype))
-    with torch.no_grad(), seeded(model), _promoting() if promote else contextlib.nullcontext():
+    with torch.no_grad(), seeded(model), _Promote() if promote else contextlib.nullcontext():
         return model(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _promoting() -> Iterator[None]:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Promote():
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
 class _Promote(TorchFunctionMode):
-    """Reads narrower floating-point types in the arguments of torch functions as float64."""
+    """Reads narrower floating-point types as float64: in arguments, as the default, and where integers become floats.
+
+    The default type of torch belongs to the whole process, so it is not changed; what is made by it is made again.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CASTS:
-            func = Tensor.double
-        return func(*map(_widen, args), **{key: _widen(value) for key, value in (kwargs or {}).items()})
+        func = Tensor.double if func in _CASTS else func
+        args, kwargs = tuple(map(_widen, args)), {key: _widen(value) for key, value in (kwargs or {}).items()}
+        if func in _factories() and kwargs.get("dtype") is None:
+            return _made(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if not (isinstance(result, Tensor) and result.dtype in NARROW and _takes_only_integers(args, kwargs)):
+            return result
+        try:  # an integer divided by another is of the default type
+            return func(*map_tensors(args, Tensor.double), **map_tensors(kwargs, Tensor.double))
+        except (RuntimeError, TypeError, IndexError):  # which wants its integers as they are
+            return result
+
+
+@functools.cache
+def _factories() -> frozenset[Any]:
+    """Return the functions that make a tensor out of none."""
+    from torch.utils._device import _device_constructors
+
+    return frozenset(_device_constructors())
+
+
+def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func in (torch.rand, torch.randn, torch.normal):  # to call them twice would draw twice
+        return func(*args, **{**kwargs, "dtype": torch.float64})
+    result = func(*args, **kwargs)
+    narrow = isinstance(result, Tensor) and result.dtype in NARROW
+    return func(*args, **{**kwargs, "dtype": torch.float64}) if narrow else result
+
+
+def _takes_only_integers(args: Any, kwargs: Any) -> bool:
+    seen: list[Tensor] = []
+    map_tensors((args, kwargs), lambda tensor: seen.append(tensor) or tensor)
+    return bool(seen) and not any(tensor.is_floating_point() or tensor.is_complex() for tensor in seen)
 
 
 def _widen(value: Any) -> Any:

@@ -26,6 +26,7 @@ from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
 from normfuse.errors import CaptureError, LoadError, VerificationError
 from normfuse.examples import Examples, Inputs, calls_of
+from normfuse.exclusive import exclusive
 from normfuse.outputs import flatten, input_tensors, named_inputs
 from normfuse.rerun import Samples
 
@@ -56,6 +57,7 @@ class _Candidate:
     notes: tuple[str, ...] = field(default=())
 
 
+@exclusive
 def verify(
     reference: nn.Module,
     candidate: nn.Module | str | os.PathLike[str],

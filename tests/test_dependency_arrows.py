@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
     ("errors", "examples", "names", "numerics", "computed", "holders", "patches"),
-    ("adapters", "atomic_files", "digests", "named_tensors", "native", "structure"),
+    ("adapters", "atomic_files", "digests", "exclusive", "named_tensors", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments"),
     ("capture", "outputs"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.errors import CaptureError
 from normfuse.examples import Examples, Inputs, calls_of
+from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, ModuleCall, is_uninitialized, module_names
 from normfuse.named_tensors import named_tensors
 from normfuse.outputs import arguments, copied, leaves
@@ -38,6 +40,7 @@ _METADATA = frozenset(
 )
 
 
+@exclusive
 def record(model: nn.Module, example_inputs: Inputs | Examples, *, training: bool = False) -> ModelGraph:
     """Run ``model`` once on each example and return what it did, the runs side by side, as a graph with shapes.
 
@@ -234,9 +237,11 @@ class _Recorder:
 
     @contextlib.contextmanager
     def _intercept_modules(self) -> Iterator[None]:
-        original = nn.Module.__call__
+        original, thread = nn.Module.__call__, threading.get_ident()
 
         def intercepted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:  # a model that runs meanwhile is none of ours
+                return original(module, *args, **kwargs)
             return self.call_module(module, lambda *a, **k: original(module, *a, **k), args, kwargs)
 
         nn.Module.__call__ = intercepted  # type: ignore[method-assign]

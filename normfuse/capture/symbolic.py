@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,12 +24,14 @@ from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.recorded import opaque, training_inside_eval
 from normfuse.errors import CaptureError
+from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, ModuleCall
 from normfuse.named_tensors import named_tensors
 from normfuse.patches import patched
 from normfuse.surgery import module_names
 
 
+@exclusive
 def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
     """Trace ``model``, or every part of it that can be traced, in eval mode, or all but its norms in training mode.
 
@@ -71,6 +74,7 @@ class _Tracer(fx.Tracer):
         self.calls: list[ModuleCall] = []
         self.stack: tuple[ModuleCall, ...] = ()
         self.untraceable: dict[int, bool] = {}
+        self.thread = threading.get_ident()  # torch hands the calls of every thread to a tracer
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A torch layer, or a subclass of one whose own ``forward`` cannot be traced."""
@@ -89,7 +93,8 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read a parameter by its name in the whole model, whichever part is traced."""
-        name = self.names.tensor.get(id(attr_val)) if isinstance(attr_val, nn.Parameter) else None
+        traced = isinstance(attr_val, nn.Parameter) and threading.get_ident() == self.thread
+        name = self.names.tensor.get(id(attr_val)) if traced else None
         if name is None:
             return attr_val
         if name not in parameter_proxy_cache:
@@ -116,6 +121,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a leaf as one node, and read through any other module."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return self.create_proxy("call_module", name, args, kwargs)
