@@ -43,6 +43,7 @@ class Reason(enum.Enum):
     QUANTIZED = "quantized"
     DTYPE = "dtype"
     RANGE = "out of range"
+    ASKED = "asked by the model"
     NOT_REACHED = "not reached"
     PARTIAL_CAPTURE = "partial capture"
     UNSUPPORTED_LAYER = "unsupported layer"

@@ -50,6 +50,7 @@ class ModelGraph:
         edits: What was done to the structure of the model through this graph.
         changed_scopes: Names of the modules whose ``forward`` sees a value that is another since; "" is the model.
         inputs: What the recorded runs were given; None where the model was traced.
+        asked: By norm, its attributes that code outside of it read (:mod:`normfuse.capture.questions`).
         strangers: Modules that the recorded runs called and that are none of the model's.
         returned: Copies of what each recorded run returned, by name as :func:`normfuse.outputs.leaves` gives them.
     """
@@ -62,6 +63,7 @@ class ModelGraph:
     edits: list[Edit] = field(default_factory=list)
     changed_scopes: set[str] = field(default_factory=set)
     inputs: Inputs | Examples | None = None
+    asked: Mapping[str, set[str]] = field(default_factory=dict)
     strangers: tuple[nn.Module, ...] = ()
     returned: tuple[Mapping[str, Any], ...] = ()
 

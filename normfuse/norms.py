@@ -6,7 +6,6 @@ function such as ``F.batch_norm`` on an activation, or a norm written out in tor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +23,9 @@ from normfuse.capture.leaves import affine_inference, base_layer
 from normfuse.constant_maps import ConstantMap
 from normfuse.graph import ModelGraph, ModuleCall, function_name, is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
+from normfuse.norm_classes import is_norm
 from normfuse.ranks import ranks
 from normfuse.written_norms import WrittenNorm
-
-_TORCH_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)
-_NORM_NAME = re.compile(r"(Norm|Normalization)\w{0,6}$|[a-z]BN$|^(I?GDN\w{0,2}|RN_(B|L|binarylabel)|LayerScaling)$")
-_HOLDS_LAYERS = ("LearnedRegionNorm", "RN_L")  # norms that make their gain and shift with layers of their own
 
 
 @dataclass(slots=True)
@@ -49,16 +45,6 @@ class Norm:
     module: str | None
     nodes: list[fx.Node] = field(default_factory=list)
     maps: dict[fx.Node, ConstantMap] = field(default_factory=dict)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization layer, judged by its class."""
-    if isinstance(module, (*_TORCH_NORMS, AffineInference)) or adapters.is_known(module):
-        return True
-    if type(module).__module__.startswith("torch.nn.utils.") or not _NORM_NAME.search(type(module).__name__):
-        return False
-    holds_layers = any(True for child in module.children() for _ in child.parameters())
-    return type(module).__name__ in _HOLDS_LAYERS or not holds_layers
 
 
 def find_norms(graph: ModelGraph) -> list[Norm]:

@@ -61,6 +61,11 @@ EXPLANATIONS: dict[Reason, tuple[str, str]] = {
         "A folded value is finite but does not fit the dtype of the weight (float16 ends at 65504).",
         "Fold in float32, convert afterwards and look at the range report.",
     ),
+    Reason.ASKED: (
+        "The code of the model reads an attribute of the norm, or asks for its class, and nothing that could stand in "
+        "its place would answer the same. Numbers, and types, devices and shapes of its tensors, are answered.",
+        "Let the code ask another layer, or read it once in `__init__`.",
+    ),
     Reason.NOT_REACHED: (
         "No example reached the layer, and where it stands it could be given a value that a fold changed. The folded "
         "model raises `DeployedModelError` if it runs.",

@@ -39,7 +39,7 @@ BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.mo
                        "normfuse.layers.l1_layer_norm.L1LayerNorm", "normfuse.layers.l1_layer_norm.L1RMSNorm",
                        "normfuse.layers.deployed.Zero", "normfuse.layers.deployed.FirstArgument",
                        "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites",
-                       "normfuse.layers.deployed.ChannelClamp",
+                       "normfuse.layers.deployed.ChannelClamp", "normfuse.layers.deployed.Placeholder",
                        *(f"normfuse.quantization.modules.ShiftQuant{kind}" for kind in _PRODUCTS),
                        *(f"normfuse.quantization.calibrated.Calibrated{kind}" for kind in _PRODUCTS),
                        "normfuse.quantization.quantizing_layer.Precision",

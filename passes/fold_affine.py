@@ -28,6 +28,7 @@ from normfuse.operations import named
 from normfuse.routes import Plan, Router, joined, pad_edits
 from normfuse.scopes import common_tail
 
+_LISTINGS = ("parameters", "named_parameters", "state_dict", "_parameters", "__dict__")
 _READ_THEIR_NORMS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # for one fused kernel
 
 
@@ -173,6 +174,8 @@ def _runs_without(gain: Gain, graph: ModelGraph) -> bool:
         return False
     parent = graph.module(norm.module.rpartition(".")[0])
     if norm.module != gain.module or isinstance(parent, _READ_THEIR_NORMS):
+        return False
+    if not graph.asked.get(norm.module, set()).isdisjoint(("weight", "bias", *_LISTINGS)):
         return False
     if adapters.token_norm(graph.module(norm.module)) is not None:
         return False

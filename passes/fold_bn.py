@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from normfuse import adapters, norms, surgery
+from normfuse import adapters, norms, standing_in, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import affine_inference
@@ -63,6 +63,7 @@ class FoldBN(Pass):
             _require_own_readers(norm, graph)
             plan, tensors = _find(norm, graph)
             edits, neutral = _removal(norm, graph)
+            edits = [standing_in.answering(edit, graph) for edit in edits]
         except Refused as refused:
             return refused.refusal
         pads, values = pad_edits(plan, graph)

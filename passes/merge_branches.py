@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normfuse import absorbers, branches, norms, surgery
+from normfuse import absorbers, branches, norms, standing_in, surgery
 from normfuse.affine import AffineMap
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.branches import Form
@@ -100,6 +100,7 @@ def _require_own(region: _Region, graph: ModelGraph) -> None:
     if len(calls) > 1:
         raise Refused(Reason.SHARED_MODULE, f"{region.call.name} is called {len(calls)} times")
     require_replaceable(region.call.name, graph)
+    standing_in.require_unasked(region.call.name, graph)
     for node in region.nodes:
         if node.op == "call_module":
             require_no_hooks(str(node.target), graph)

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
+from normfuse.capture.questions import questions
 from normfuse.errors import CaptureError
 from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.exclusive import exclusive
@@ -52,21 +53,24 @@ def record(model: nn.Module, example_inputs: Inputs | Examples, *, training: boo
     _require_values(model)
     inside = frozenset() if training else training_inside_eval(model)
     recorder = _Recorder(model)
-    returned = []
-    for call in calls_of(example_inputs):
-        args, kwargs = arguments(copied(call))
-        with in_mode(model, training=training), torch.no_grad(), unchanged(model):
-            try:
-                output = recorder.run(args, kwargs)
-            except Exception as error:
-                raise CaptureError(_failure(error, example_inputs)) from error
-            recorder.end_run(output)
-            returned.append(leaves(output))
+    try:
+        with questions(model) as asked:
+            returned = [_run(recorder, call, training=training) for call in calls_of(example_inputs)]
+    except Exception as error:
+        raise CaptureError(_failure(error, example_inputs)) from error
     recorder.graph.output(recorder.ends)
     graph = ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
-    graph.returned = tuple(returned)
-    graph.strangers = tuple(recorder.strangers)
+    graph.asked, graph.returned, graph.strangers = asked, tuple(returned), tuple(recorder.strangers)
     return graph
+
+
+def _run(recorder: _Recorder, call: Inputs, *, training: bool) -> dict[str, Any]:
+    """Run the model on one example, and return what it returned."""
+    args, kwargs = arguments(copied(call))
+    with in_mode(recorder.model, training=training), torch.no_grad(), unchanged(recorder.model):
+        output = recorder.run(args, kwargs)
+        recorder.end_run(output)
+        return leaves(output)
 
 
 def _failure(error: Exception, inputs: Inputs | Examples) -> str:

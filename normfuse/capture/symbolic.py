@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
+from normfuse.capture.questions import questions
 from normfuse.capture.recorded import opaque, training_inside_eval
 from normfuse.errors import CaptureError
 from normfuse.exclusive import exclusive
@@ -42,15 +43,22 @@ def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
     inside = frozenset() if training else training_inside_eval(model)
     with in_mode(model, training=training), torch.no_grad(), unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            tracer = _trace_part(model, names)
-        except Exception as error:
-            parts = _trace_children(model, names)
-            if not parts:
-                text = f"no part of the model can be traced ({_first_line(error)}); pass example_inputs"
-                raise CaptureError(text) from error
-            return _side_by_side(model, parts, inside)
-    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=inside)
+        with questions(model) as asked:
+            graph = _trace(model, names, inside)
+    graph.asked = asked
+    return graph
+
+
+def _trace(model: nn.Module, names: _Names, training: frozenset[str]) -> ModelGraph:
+    try:
+        tracer = _trace_part(model, names)
+    except Exception as error:
+        parts = _trace_children(model, names)
+        if not parts:
+            text = f"no part of the model can be traced ({_first_line(error)}); pass example_inputs"
+            raise CaptureError(text) from error
+        return _side_by_side(model, parts, training)
+    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=training)
 
 
 def _first_line(error: Exception) -> str:

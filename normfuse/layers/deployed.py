@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,24 @@ class ChannelPad(nn.Module):
     def extra_repr(self) -> str:
         """Show the padding."""
         return f"padding={self.padding}, channels={self.value.numel()}"
+
+
+class Placeholder(nn.Identity):
+    """Stands where a norm was whose attributes the code of the model reads: an identity that answers for them.
+
+    Its tensors answer for type, device and shape; their values are those of a norm that is gone, and NaN.
+
+    Args:
+        attributes: Pairs of a name and a number, a text, a tuple or None.
+        tensors: Pairs of the name and the shape of a parameter or buffer; they are no part of the ``state_dict``.
+    """
+
+    def __init__(self, attributes: Sequence[tuple[str, Any]], tensors: Sequence[tuple[str, Sequence[int]]]) -> None:
+        super().__init__()
+        for name, value in attributes:
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        for name, shape in tensors:
+            self.register_buffer(name, torch.full(tuple(shape), torch.nan), persistent=False)
 
 
 class NotReached:
