@@ -80,6 +80,8 @@ def sniff(path: str | Path) -> Format:
     Raises:
         LoadError: There is no such file, or it cannot be opened.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
+        raise LoadError(f"{path}: a {'directory' if os.path.isdir(path) else 'pipe or a device'}, not a file")
     try:
         with open(path, "rb") as file:
             return sniff_stream(file)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse import architectures, deploy, digests, surgery
+from normfuse import architectures, deploy, digests, file_limits, surgery
 from normfuse.errors import LoadError
 from normfuse.formats import Format
 from normfuse.manifest import SCHEMA_VERSION
@@ -103,7 +103,7 @@ def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> Lo
     for key in state:
         require_plain(key, f"a tensor in {request.path}", LoadError)
     if manifest is None:
-        model = _unfolded(None, request)
+        model = _unfolded(None, state, request)
         load_strictly(model, strip_prefixes(state, model.state_dict().keys(), request.notes), request.path)
         return request.done(model)
     _require_keys(state, manifest, request.path)
@@ -111,7 +111,7 @@ def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> Lo
     if pickled is not None and request.model is None and request.arch is None:
         model = _from_skeleton(pickled, state, request)
     else:
-        model = _with_edits(_unfolded(manifest, request), state, manifest, request.path)
+        model = _with_edits(_unfolded(manifest, state, request), state, manifest, request.path)
     load_strictly(model, state, request.path)
     loaded = request.done(model, manifest)
     if manifest["edits"]:
@@ -125,18 +125,18 @@ def _require_keys(state: StateDict, manifest: Manifest, path: Path) -> None:
         raise LoadError(f"{path}: its tensors are not those its manifest lists ({', '.join(differing[:3])})")
 
 
-def _unfolded(manifest: Manifest | None, request: Request) -> nn.Module:
+def _unfolded(manifest: Manifest | None, state: StateDict, request: Request) -> nn.Module:
     """Return a fresh model of the architecture that the user, or else the manifest, names."""
     if request.model is not None:
         if deploy.manifest_of(request.model):
             raise LoadError(f"{request.path}: model= is folded already; give an unfolded model of the architecture")
         return surgery.copy(request.model)
     if request.arch is None:
-        _arch_of(manifest or {}, request)
+        _arch_of(manifest or {}, state, request)
     return architectures.build(str(request.arch), request.arch_kwargs)
 
 
-def _arch_of(manifest: Manifest, request: Request) -> None:
+def _arch_of(manifest: Manifest, state: StateDict, request: Request) -> None:
     """Take the architecture from the manifest, if to build it cannot run code that the file chose."""
     arch = manifest.get("arch")
     if not arch:
@@ -144,12 +144,17 @@ def _arch_of(manifest: Manifest, request: Request) -> None:
             f"{request.path} holds tensors but no architecture: name it with --arch timm:NAME, torchvision:NAME or "
             "package.module:factory (in python: arch=, or model= with an unfolded model)"
         )
-    name, kwargs = str(arch["name"]), {**arch["kwargs"], **request.arch_kwargs}
-    if not request.trust_pickle and not architectures.is_harmless(name, arch["kwargs"]):
+    given = arch.get("kwargs") if isinstance(arch, Mapping) else None
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in given):
+        raise LoadError(f"{request.path}: the architecture in it is damaged; pass --arch")
+    name, kwargs = str(arch.get("name")), {**given, **request.arch_kwargs}
+    if not request.trust_pickle and not architectures.is_harmless(name, given):
         raise LoadError(
             f"{request.path} was saved from {name}; building it runs that code, so it is not done at the word of a "
             f"file: if that is what you expect, pass --arch {name}"
         )
+    if not request.trust_pickle:
+        file_limits.require_architecture(name, given, state, request.path)
     request.arch, request.arch_kwargs = name, kwargs
 
 
@@ -157,6 +162,7 @@ def _with_edits(model: nn.Module, state: StateDict, manifest: Manifest, path: Pa
     """Give an unfolded model the structure of the folded one."""
     if not manifest["edits"]:
         return model
+    file_limits.require_edits(manifest["edits"], model, state, path)
     try:
         surgery.replay(model, manifest["edits"])
     except Exception as error:  # edits of a file can be wrong in any way

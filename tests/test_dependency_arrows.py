@@ -31,7 +31,7 @@ LEVELS = (
     ("layer_quantization", "layer_ranges"),
     ("passes",),
     ("pipeline", "comparison", "activations", "ranges", "rerun", "divergence", "verify", "made_up_inputs"),
-    ("formats", "architectures", "exported_program", "pickles", "state_dicts", "unpickle"),
+    ("formats", "architectures", "exported_program", "file_limits", "pickles", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
     ("api", "kernels", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),
     ("latency",),
