@@ -17,7 +17,7 @@ from normfuse import absorbers
 from normfuse.absorbers import Absorber
 from normfuse.base import Reason, Refused
 from normfuse.call_arguments import arguments_of
-from normfuse.capture.recorded import opaque, pick
+from normfuse.capture.following import opaque, pick
 from normfuse.graph import ModelGraph, function_name
 from normfuse.numerics import exact
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from normfuse.affine import AffineMap, compress, fill, identity
 from normfuse.base import Reason, Refused
-from normfuse.capture.recorded import pick
+from normfuse.capture.following import pick
 from normfuse.graph import ModelGraph
 from normfuse.operations import Operation, describe
 

@@ -257,6 +257,8 @@ def function_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return ""
     target: Any = node.target
+    if target is getattr:  # a symbolic capture's x.T
+        return str(node.args[1])
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2].strip("_")
     name = getattr(target, "__name__", "")

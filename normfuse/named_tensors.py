@@ -26,6 +26,11 @@ def own_tensors(module: nn.Module, prefix: str) -> Iterator[str]:
         yield f"{prefix}.{name}" if prefix else name
 
 
+def tensor_names(root: nn.Module) -> dict[int, str]:
+    """Return the first name of each tensor, by its ``id``."""
+    return {id(tensor): name for name, tensor in reversed(list(named_tensors(root)))}
+
+
 def tensor_aliases(root: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return every name of each tensor, by each of its names; more than one is a tie."""
     groups: dict[int, list[str]] = collections.defaultdict(list)

@@ -27,7 +27,8 @@ def _transposes(node: fx.Node, name: str, graph: ModelGraph) -> bool:
     """Whether a node swaps the two axes of a matrix."""
     if name not in _TRANSPOSES or graph.value(node.all_input_nodes[0]).dim() != 2:
         return False
-    given = [axis % 2 for part in (*node.args[1:], *node.kwargs.values()) for axis in _flat(part)]
+    parts = (*node.args[1:], *node.kwargs.values()) if node.target is not getattr else ()
+    given = [axis % 2 for part in parts for axis in _flat(part)]
     return not given or given == [1, 0] or (name != "permute" and given == [0, 1])
 
 

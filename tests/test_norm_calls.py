@@ -71,7 +71,7 @@ def test_calls_with_other_arguments_are_other_norms(other: str, inputs: Tensor |
 
 @READERS
 def test_equal_arguments_are_one_norm_however_they_are_spelled(inputs: Tensor | None):
-    model = TwoCalls(plain, lambda m, x: F.batch_norm(x, m.mean, m.var, bias=m.s, weight=m.g, eps=1e-5))
+    model = TwoCalls(plain, lambda m, x: F.batch_norm(x, m.mean.data, m.var, bias=m.s.detach(), weight=m.g, eps=1e-5))
     result = api.apply(model, ["fold-bn"], example_inputs=inputs)
     reached = [norm for norm in result.report.norms if norm.status is not Status.NOT_REACHED]
     assert [(norm.subject, norm.status) for norm in reached] == [(":batch_norm", Status.APPLIED)]

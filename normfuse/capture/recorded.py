@@ -1,25 +1,23 @@
 """Read a model by following real runs of it, one for each example.
 
 Every torch function that the model calls outside a leaf module becomes a node, and so does every call of a leaf module.
-Tensors are followed by identity. What bypasses the torch functions (a custom autograd function, a C++ operator) is
-caught one level lower, at the dispatcher, so that no reader of a value goes unseen. An in-place operation gives its
-tensor a new node, and every view of the same storage an opaque one.
+What bypasses the torch functions (a custom autograd function, a C++ operator) is caught one level lower, at the
+dispatcher, so that no reader of a value goes unseen.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from normfuse.capture.following import Follower, FunctionReader, tensors_in
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.questions import questions
@@ -27,18 +25,8 @@ from normfuse.errors import CaptureError
 from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, ModuleCall, is_uninitialized, module_names
-from normfuse.named_tensors import named_tensors
+from normfuse.named_tensors import tensor_names
 from normfuse.outputs import arguments, copied, leaves
-
-_METADATA = frozenset(
-    name
-    for line in (
-        "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size",
-        "storage_offset get_device type __len__ __hash__ __get__ data_ptr is_pinned has_names is_signed is_inference",
-        "is_conj is_neg untyped_storage __repr__ __format__ dim_order is_same_size",
-    )
-    for name in line.split()
-)
 
 
 @exclusive
@@ -95,124 +83,49 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-class _Recorder:
+class _Recorder(Follower):
     """Builds the graph while the model runs."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(tensor_names(model))
         self.model = model
         self.graph = fx.Graph()
+        self.scope: tuple[ModuleCall, ...] = ()
+        self.runs = 0
         self.calls: list[ModuleCall] = []
         self.strangers: dict[nn.Module, None] = {}
         self.ends: list[Any] = []
-        self.scope: tuple[ModuleCall, ...] = ()
-        self.busy = False
-        self.node_of = WeakTensorKeyDictionary()
         self.module_name = {key: names[0] for key, names in module_names(model).items()}
-        self.tensor_name = {id(tensor): name for name, tensor in reversed(list(named_tensors(model)))}
+
+    def make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Return a new node, which knows its run and the calls of modules around it."""
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["scope"], node.meta["run"] = self.scope, self.runs
+        return node
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with everything it does followed."""
-        for index, tensor in enumerate(_tensors((args, kwargs))):
+        for index, tensor in enumerate(tensors_in((args, kwargs))):
             node = self.graph.placeholder(f"input_{index}")
-            node.meta["run"] = len(self.ends)
-            self._bind(tensor, node)
-        with self._intercept_modules(), _DispatchReader(self), _FunctionReader(self):
+            node.meta["run"] = self.runs
+            self.bind(tensor, node)
+        with self._intercept_modules(), _DispatchReader(self), FunctionReader(self):
             return self.model(*args, **kwargs)
 
     def end_run(self, output: Any) -> None:
         """Note what a run returned and what it left behind; the next one starts with no value known."""
         self.ends.append(self.nodes_of((output, self.kept())))
         self.node_of = WeakTensorKeyDictionary()
+        self.runs += 1
 
     def kept(self) -> list[Tensor]:
         """Return the values of the run that modules keep as attributes, where the caller may read them.
 
         A parameter that was cast to the dtype it has is the value of the cast, and is not kept by the run.
         """
-        held = [tensor for module in self.model.modules() for tensor in _tensors(vars(module))]
+        held = [tensor for module in self.model.modules() for tensor in tensors_in(vars(module))]
         values = [t for t in held if not isinstance(t, nn.Parameter)]
         return [t for t in values if t in self.node_of and self.node_of[t].op != "get_attr"]
-
-    # values to nodes
-
-    def nodes_of(self, value: Any) -> Any:
-        """Return ``value`` with every tensor in it replaced by its node."""
-        if isinstance(value, Tensor):
-            return self._node(value)
-        if isinstance(value, Mapping):
-            return {str(key): self.nodes_of(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return (
-                type(value)(map(self.nodes_of, value))
-                if type(value) in (list, tuple)
-                else tuple(map(self.nodes_of, value))
-            )
-        if isinstance(value, slice):
-            return slice(self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step))
-        held = _tensors(value)
-        return [self._node(tensor) for tensor in held] if held else value
-
-    def _node(self, tensor: Tensor) -> fx.Node:
-        node = self.node_of.get(tensor)
-        if node is None:
-            name = self.tensor_name.get(id(tensor))
-            node = self._make("call_function", opaque, (), {}) if name is None else self.graph.get_attr(name)
-            node.meta["run"] = len(self.ends)
-            self._bind(tensor, node)
-        return node
-
-    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta.setdefault("shape", tuple(tensor.shape))
-        node.meta.setdefault("dtype", tensor.dtype)
-        self.node_of[tensor] = node
-
-    def _make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        node = self.graph.create_node(op, target, args, kwargs)
-        node.meta["scope"], node.meta["run"] = self.scope, len(self.ends)
-        return node
-
-    # operations to nodes
-
-    def record(
-        self, op: str, target: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run one operation and add the node for it; return its result."""
-        inputs = _tensors((args, kwargs))
-        versions = [_version(tensor) for tensor in inputs]
-        node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
-        self.busy = True
-        try:
-            result = call(*args, **kwargs)
-        finally:
-            self.busy = False
-        mutated = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
-        outputs = _tensors(result)
-        if not outputs and not mutated and _is_metadata(target):
-            return result
-        node = self._make(op, target, node_args, node_kwargs)
-        self._bind_result(node, result, outputs, mutated)
-        return result
-
-    def _bind_result(self, node: fx.Node, result: Any, outputs: list[Tensor], mutated: list[Tensor]) -> None:
-        for tensor in mutated:
-            self._invalidate_views(tensor, node)
-            self.node_of[tensor] = node
-        if isinstance(result, Tensor):
-            self._bind(result, node)
-        elif isinstance(result, list | tuple) and all(isinstance(item, Tensor) for item in result):
-            for index, item in enumerate(result):
-                self._bind(item, self._make("call_function", pick, (node, index), {}))
-        else:
-            for tensor in outputs:
-                self._bind(tensor, self._make("call_function", opaque, (node,), {}))
-
-    def _invalidate_views(self, mutated: Tensor, node: fx.Node) -> None:
-        storage = _storage(mutated)
-        if storage is None:
-            return
-        for tensor, old in list(self.node_of.items()):
-            if tensor is not mutated and _storage(tensor) == storage and old.op != "get_attr":
-                self.node_of[tensor] = self._make("call_function", opaque, (old, node), {})
 
     # modules
 
@@ -227,15 +140,15 @@ class _Recorder:
             return call(*args, **kwargs)
         if is_leaf(module):
             return self.record("call_module", name, call, args, kwargs)
-        given = tuple(self._node(tensor) for tensor in _tensors((args, kwargs)))
-        entry = ModuleCall(name, inputs=given, run=len(self.ends))
+        given = tuple(self.node(tensor) for tensor in tensors_in((args, kwargs)))
+        entry = ModuleCall(name, inputs=given, run=self.runs)
         self.calls.append(entry)
         outer, self.scope = self.scope, (*self.scope, entry)
         try:
             result = call(*args, **kwargs)
         finally:
             self.scope = outer
-        entry.outputs = tuple(self._node(tensor) for tensor in _tensors(result))
+        entry.outputs = tuple(self.node(tensor) for tensor in tensors_in(result))
         entry.single_output = isinstance(result, Tensor)
         return result
 
@@ -255,18 +168,6 @@ class _Recorder:
             nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
-class _FunctionReader(TorchFunctionMode):
-    """Hands every torch function of the run to the recorder."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.recorder.busy:
-            return func(*args, **(kwargs or {}))
-        return self.recorder.record("call_function", func, func, args, kwargs or {})
-
-
 class _DispatchReader(TorchDispatchMode):
     """Hands the operators that no torch function announced to the recorder."""
 
@@ -283,60 +184,3 @@ class _DispatchReader(TorchDispatchMode):
         if self.recorder.busy:
             return func(*args, **(kwargs or {}))
         return self.recorder.record("call_function", func, func, args, kwargs or {})
-
-
-def opaque(*values: Any) -> Any:
-    """Stand in a graph for a value whose origin torch does not show."""
-    raise RuntimeError("an opaque value cannot be computed")
-
-
-def pick(values: Any, index: int) -> Any:
-    """Return one of the tensors that an operation returned together."""
-    return values[index]
-
-
-def _tensors(value: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
-    """Return the tensors in nested containers and records, in order; ``seen`` are the records around ``value``."""
-    if isinstance(value, Tensor):
-        return [value]
-    if value is None or isinstance(value, _ATOMS) or id(value) in seen:
-        return []
-    if isinstance(value, slice):
-        return _tensors((value.start, value.stop, value.step))
-    items = _items(value)
-    inner = seen | {id(value)} if items else seen
-    return [tensor for item in items for tensor in _tensors(item, inner)]
-
-
-_ATOMS = (int, float, complex, str, bytes, enum.Enum, nn.Module, type, torch.dtype, torch.device, torch.Generator)
-
-
-def _items(value: Any) -> list[Any]:
-    """Return what a container holds, or a record such as a dataclass or a detector's instances, slots included."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple | set):
-        return list(value)
-    if callable(value):
-        return []
-    slots = [name for cls in type(value).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
-    return [*(getattr(value, name, None) for name in slots), *getattr(value, "__dict__", {}).values()]
-
-
-def _names(slots: Any) -> list[str]:
-    return [name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__")]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def _is_metadata(target: Any) -> bool:
-    return getattr(target, "__name__", "") in _METADATA

@@ -20,14 +20,15 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from normfuse.capture.following import Follower, FunctionReader, opaque
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.questions import questions
-from normfuse.capture.recorded import opaque, training_inside_eval
+from normfuse.capture.recorded import training_inside_eval
 from normfuse.errors import CaptureError
 from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, ModuleCall
-from normfuse.named_tensors import named_tensors
+from normfuse.named_tensors import tensor_names
 from normfuse.patches import patched
 from normfuse.surgery import module_names
 
@@ -70,7 +71,7 @@ class _Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.module = {key: names[0] for key, names in module_names(model).items()}
-        self.tensor = {id(tensor): name for name, tensor in reversed(list(named_tensors(model)))}
+        self.tensor = tensor_names(model)
 
 
 class _Tracer(fx.Tracer):
@@ -83,6 +84,7 @@ class _Tracer(fx.Tracer):
         self.stack: tuple[ModuleCall, ...] = ()
         self.untraceable: dict[int, bool] = {}
         self.thread = threading.get_ident()  # torch hands the calls of every thread to a tracer
+        self.constants = _Constants(self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A torch layer, or a subclass of one whose own ``forward`` cannot be traced."""
@@ -90,7 +92,9 @@ class _Tracer(fx.Tracer):
 
     def _is_untraceable(self, module: nn.Module) -> bool:
         if id(module) not in self.untraceable:
+            self.constants.busy = True
             self.untraceable[id(module)] = not _can_trace(module, self.names)
+            self.constants.busy = False
         return self.untraceable[id(module)]
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -110,16 +114,8 @@ class _Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """Name a tensor of the model; any other constant is opaque, and not stored on the user's model."""
-        if isinstance(a, Tensor):
-            name = self.names.tensor.get(id(a))
-            return self.create_node("call_function", opaque, (), {}) if name is None else self._get_attr(name, a)
-        return super().create_arg(a)
-
-    def _get_attr(self, name: str, tensor: Tensor) -> fx.Node:
-        node = self.create_node("get_attr", name, (), {})
-        node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
-        return node
+        """Return the node of a tensor, which is not stored on the user's model."""
+        return self.constants.node(a) if isinstance(a, Tensor) else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node that knows the module calls it stands in."""
@@ -145,6 +141,27 @@ class _Tracer(fx.Tracer):
         return result
 
 
+class _Constants(Follower):
+    """Follows what a traced model makes of its buffers, which are no proxies: its code may depend on their values."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__(tracer.names.tensor)
+        self.tracer = tracer
+
+    def make(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Return a new node of the trace."""
+        return self.tracer.create_node(op, target, args, kwargs)
+
+
+class _ConstantReader(FunctionReader):
+    """Hands every torch function that is called on no proxy to the follower of constants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _nodes((args, kwargs or {})):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def _nodes(value: Any) -> tuple[fx.Node, ...]:
     proxies: list[fx.Proxy] = []
     map_aggregate(value, lambda item: proxies.append(item) if isinstance(item, fx.Proxy) else None)
@@ -158,7 +175,7 @@ def _trace_part(module: nn.Module, names: _Names) -> _Tracer:
     tracer = _Tracer(names)
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    with _attributes_kept(module):
+    with _attributes_kept(module), _ConstantReader(tracer.constants):
         tracer.trace(module, concrete_args=defaults or None)
     return tracer
 
