@@ -23,6 +23,7 @@ import functools
 from types import SimpleNamespace
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 

@@ -37,6 +37,7 @@ WITH_TENSOR = table("""
 """)
 WINDOW_LAYERS = table("""
     MaxPoolNd(2)  AvgPoolNd(2)  MaxPoolNd(3, 1, 1)  AvgPoolNd(3, 1, padding=1)  AdaptiveAvgPoolNd(1)
+    PixelShuffle(2)  PixelUnshuffle(2)  ChannelShuffle(2)  Flatten()  Flatten(2)  Unflatten(-1, (2, -1))
     AdaptiveMaxPoolNd(2)  AvgPoolNd(3, 2, 1, count_include_pad=False)  ConstantPadNd(1, 0.5)  ZeroPadNd(1)
     ReflectionPadNd(1)  ReplicationPadNd(1)  Upsample(scale_factor=2)  CircularPadNd(1)  ZeroPadNd(padding=1)
 """)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.networks import layers, norms, operations
+from tests.networks import blocks, layers, norms, operations
 from tests.networks.draft import Draft
 from tests.networks.network import Network
 
@@ -24,6 +24,8 @@ MOVES = {
     layers.product: 6.0,
     layers.repeated: 0.4,
     layers.parametrized: 0.5,
+    blocks.block: 2.0,
+    blocks.attention: 0.8,
     norms.norm: 2.0,
     norms.own_statistics: 0.3,
     operations.activation: 1.5,
