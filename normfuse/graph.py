@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from normfuse import surgery
 from normfuse.examples import Examples, Inputs
 from normfuse.holders import Holders
+from normfuse.layers.tied_calls import counts_only
 from normfuse.named_tensors import own_tensors, tensor_aliases
 from normfuse.surgery import Edit, module_names
 
@@ -48,6 +49,8 @@ class ModelGraph:
         partial: Names of the parts that were traced on their own; empty when the whole model was read.
         training: Names of modules that were in training mode inside a model in eval mode.
         edits: What was done to the structure of the model through this graph.
+        decided: Names of the modules that were called from code that decides by its values what it runs.
+        ties: Edits that let a norm and the layers that took its map count their calls, to be made at the end.
         changed_scopes: Names of the modules whose ``forward`` sees a value that is another since; "" is the model.
         inputs: What the recorded runs were given; None where the model was traced.
         asked: By norm, its attributes that code outside of it read (:mod:`normfuse.capture.questions`).
@@ -61,6 +64,8 @@ class ModelGraph:
     partial: tuple[str, ...] = ()
     training: frozenset[str] = frozenset()
     edits: list[Edit] = field(default_factory=list)
+    decided: set[str] = field(default_factory=set)
+    ties: list[Edit] = field(default_factory=list)
     changed_scopes: set[str] = field(default_factory=set)
     inputs: Inputs | Examples | None = None
     asked: Mapping[str, set[str]] = field(default_factory=dict)
@@ -109,8 +114,10 @@ class ModelGraph:
         surgery.assign(self.module, tensors, self.holders)
 
     def note_changed(self, values: Iterable[fx.Node]) -> None:
-        """Note that values are others from now on: each shows where it is made, and outside of what returns it."""
-        for node in values:
+        """Note that values are others from now on: each shows where it is made or given, and where it is returned."""
+        changed = set(values)
+        self.changed_scopes.update(call.name for call in self.calls if not changed.isdisjoint(call.inputs))
+        for node in changed:
             scope = list(node.meta.get("scope", ()))
             while scope and node in scope[-1].outputs:
                 self.changed_scopes.add(scope.pop().name)
@@ -130,15 +137,16 @@ class ModelGraph:
 
     def most_calls(self, name: str) -> int:
         """Return how often a run calls the module of this name, the most of all runs."""
-        return max(self._calls_by_run(name).values(), default=0)
+        return max(self.calls_by_run(name).values(), default=0)
 
-    def _calls_by_run(self, name: str) -> collections.Counter[int]:
+    def calls_by_run(self, name: str) -> collections.Counter[int]:
+        """Return how often each run calls the module of this name."""
         runs = [node.meta.get("run", 0) for node in self.call_sites(name)]
         return collections.Counter(runs or [call.run for call in self.calls_of(name)])
 
     def has_regular_calls(self, name: str) -> bool:
         """Whether every run that calls the module of this name calls it equally often."""
-        return len(set(self._calls_by_run(name).values())) <= 1
+        return len(set(self.calls_by_run(name).values())) <= 1
 
     def calls_of(self, name: str) -> list[ModuleCall]:
         """Return the calls of the read-through module of this name."""
@@ -237,8 +245,9 @@ class ModelGraph:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything watches, or changes, what a module takes or returns."""
-    return any(vars(module).get(name) for name in _HOOKS) or global_hook() is not None
+    """Whether anything watches, or changes, what a module takes or returns; what only counts its calls does not."""
+    own = [hook for name in _HOOKS for hook in (vars(module).get(name) or {}).values()]
+    return not all(map(counts_only, own)) or global_hook() is not None
 
 
 def global_hook() -> Any:

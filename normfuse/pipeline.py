@@ -116,9 +116,10 @@ def _edit(
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             again = capture(work, example_inputs)
-            graph = replace(again, edits=graph.edits, changed_scopes=graph.changed_scopes)
+            graph = replace(again, edits=graph.edits, ties=graph.ties, changed_scopes=graph.changed_scopes)
     notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, source))
     state.guarded = _guard(unreached, first, graph)
+    _tie_calls(graph)
     report = _report(inventory, passes, state, notes, first)
     if all(one.reversible for one in passes):
         return report
@@ -166,6 +167,14 @@ def _guard(unreached: list[str], first: ModelGraph, graph: ModelGraph) -> dict[s
     for name in names:
         graph.perform({"op": "guard", "path": name})
     return {name: type(modules[name]).__name__ for name in names}
+
+
+def _tie_calls(graph: ModelGraph) -> None:
+    """Let the model raise where a run leaves out a norm that was folded, or the layer that took it."""
+    modules = dict(graph.root.named_modules())
+    for edit in graph.ties:
+        if edit["path"] in modules and edit["to"] in modules:
+            graph.perform(edit)
 
 
 def _run_pass(one: Pass, graph: ModelGraph, state: _Run) -> bool:

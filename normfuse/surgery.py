@@ -281,6 +281,13 @@ def _guard(root: nn.Module, edit: Edit) -> None:
     vars(root.get_submodule(edit["path"]))["forward"] = NotReached(edit["path"])
 
 
+def _tie_calls(root: nn.Module, edit: Edit) -> None:
+    from normfuse.layers.tied_calls import tie_calls
+
+    of_norm, of_layer = map(int, edit["calls"])
+    tie_calls(root, edit["path"], edit["to"], (of_norm, of_layer))
+
+
 _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "replace": _replace,
     "retype": _retype,
@@ -292,4 +299,5 @@ _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "resize": _resize,
     "separate": _separate,
     "guard": _guard,
+    "tie_calls": _tie_calls,
 }

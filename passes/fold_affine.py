@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfuse import adapters, gains, norms, surgery
+from normfuse import adapters, gains, norms, surgery, ties
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture.modes import eval_mode
 from normfuse.gains import Gain
@@ -41,6 +41,7 @@ class _Fold:
     removed: list[fx.Node] = field(default_factory=list)
     pads: dict[str, Tensor] = field(default_factory=dict)
     changed: frozenset[fx.Node] = frozenset()
+    ties: list[surgery.Edit] = field(default_factory=list)
 
 
 class FoldAffine(Pass):
@@ -74,13 +75,15 @@ class FoldAffine(Pass):
             return refused.refusal
         edits, values = pad_edits(plan, graph)
         left = _left_behind(gain, graph)
-        fold = _Fold(tensors | left.tensors, [*edits, *left.edits], left.removed, values, frozenset(plan.changed))
+        tied = ties.find(gain.module, [call.node for call in gain.calls], plan, graph)
+        fold = _Fold(tensors | left.tensors, [*edits, *left.edits], left.removed, values, frozenset(plan.changed), tied)
         return replace(match, partners=plan.partners, payload=fold)
 
     def apply(self, match: Match, graph: ModelGraph) -> None:
         """Assign the new tensors, and drop what they took over."""
         fold: _Fold = match.payload
         graph.note_changed(fold.changed)
+        graph.ties.extend(fold.ties)
         graph.assign(fold.tensors)
         for edit in fold.edits:
             graph.perform(edit)

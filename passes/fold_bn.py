@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from normfuse import adapters, norms, standing_in, surgery
+from normfuse import adapters, norms, standing_in, surgery, ties
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import affine_inference
@@ -42,6 +42,7 @@ class _Fold:
     edits: list[surgery.Edit]
     pads: dict[str, Tensor]
     changed: set[fx.Node]
+    ties: list[surgery.Edit]
 
 
 class FoldBN(Pass):
@@ -67,7 +68,8 @@ class FoldBN(Pass):
         except Refused as refused:
             return refused.refusal
         pads, values = pad_edits(plan, graph)
-        fold = _Fold(norm, tensors | neutral, [*pads, *edits], values, plan.changed)
+        tied = ties.find(norm.module, norm.nodes, plan, graph)
+        fold = _Fold(norm, tensors | neutral, [*pads, *edits], values, plan.changed, tied)
         kept = _kept(norm, graph)
         return replace(match, partners=plan.partners, remains=kept is not None, kept=kept, payload=fold)
 
@@ -75,6 +77,7 @@ class FoldBN(Pass):
         """Assign the new tensors and remove the norm."""
         fold: _Fold = match.payload
         graph.note_changed(fold.changed)
+        graph.ties.extend(fold.ties)
         graph.assign(fold.tensors)
         for edit in fold.edits:
             graph.perform(edit)

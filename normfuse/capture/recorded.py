@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from normfuse.capture.decisions import is_decided
 from normfuse.capture.following import Follower, FunctionReader, tensors_in
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
@@ -49,6 +50,7 @@ def record(model: nn.Module, example_inputs: Inputs | Examples, *, training: boo
     recorder.graph.output(recorder.ends)
     graph = ModelGraph(model, recorder.graph, calls=recorder.calls, training=inside, inputs=example_inputs)
     graph.asked, graph.returned, graph.strangers = asked, tuple(returned), tuple(recorder.strangers)
+    graph.decided = recorder.decided
     return graph
 
 
@@ -94,6 +96,7 @@ class _Recorder(Follower):
         self.runs = 0
         self.calls: list[ModuleCall] = []
         self.strangers: dict[nn.Module, None] = {}
+        self.decided: set[str] = set()
         self.ends: list[Any] = []
         self.module_name = {key: names[0] for key, names in module_names(model).items()}
 
@@ -138,6 +141,8 @@ class _Recorder(Follower):
             self.strangers[module] = None
         if self.busy or name is None:
             return call(*args, **kwargs)
+        if name not in self.decided and is_decided(_Recorder.run.__code__):
+            self.decided.add(name)
         if is_leaf(module):
             return self.record("call_module", name, call, args, kwargs)
         given = tuple(self.node(tensor) for tensor in tensors_in((args, kwargs)))

@@ -20,6 +20,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from normfuse.capture.decisions import is_decided
 from normfuse.capture.following import Follower, FunctionReader, opaque
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
@@ -59,7 +60,7 @@ def _trace(model: nn.Module, names: _Names, training: frozenset[str]) -> ModelGr
             text = f"no part of the model can be traced ({_first_line(error)}); pass example_inputs"
             raise CaptureError(text) from error
         return _side_by_side(model, parts, training)
-    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=training)
+    return ModelGraph(model, tracer.graph, calls=tracer.calls, training=training, decided=tracer.decided)
 
 
 def _first_line(error: Exception) -> str:
@@ -81,6 +82,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=())
         self.names = names
         self.calls: list[ModuleCall] = []
+        self.decided: set[str] = set()
         self.stack: tuple[ModuleCall, ...] = ()
         self.untraceable: dict[int, bool] = {}
         self.thread = threading.get_ident()  # torch hands the calls of every thread to a tracer
@@ -128,6 +130,8 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
+        if name not in self.decided and is_decided(_trace_part.__code__):
+            self.decided.add(name)
         if self.is_leaf_module(m, name):
             return self.create_proxy("call_module", name, args, kwargs)
         entry = ModuleCall(name, inputs=_nodes((args, kwargs)))

@@ -30,8 +30,10 @@ HOOKS = (
     "torch.nn.utils.spectral_norm.SpectralNorm",
     "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
     "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
+    *(f"normfuse.layers.tied_calls.{name}" for name in ("TiedCalls", "BeginRun", "CountCall", "EndRun")),
 )
-"""Hooks that torch itself registers on a module: objects that hold a name and a dimension."""
+"""Hooks that torch itself registers on a module, objects that hold a name and a dimension; and those of folded models,
+that count calls."""
 
 WRAPPED_HOOK = "torch.nn.modules.module._WrappedHook"
 

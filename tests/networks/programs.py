@@ -81,12 +81,11 @@ def _ensure_norm(draft: Draft, x: str) -> None:
 
 def _branch(draft: Draft, x: str) -> str | None:
     """Let a flag, or the shape of the value, decide what happens; or let the forward ask its norm."""
-    channels = draft.channels(x)
     n = draft.spatial(x)
     if not (draft.channels_at and n in (0, 1, 2, 3)):
         return None
     name = draft.name("branch")
-    if not draft.make(f"self.{name} = nn.BatchNorm{max(n, 1)}d({channels})"):
+    if not draft.make(f"self.{name} = nn.BatchNorm{max(n, 1)}d({draft.channels(x)})"):
         return None
     own = f"self.{name}"
     kind = draft.one("flag", "shape", "dtype", "eps", "isinstance", "none", "features")

@@ -1,0 +1,112 @@
+"""Layers that a fold made one, and that must run together: a norm, and the layer that took its map.
+
+Where code leaves one of them out (``self.norm(y) if use_norm else y``), the other gives values that the source never
+computed. Hooks of a folded model count the calls of both, in each run and each thread, and compare them at its end.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfuse.errors import DeployedModelError
+
+
+class TiedCalls:
+    """The ties of a folded model, and what ran of them so far.
+
+    Attributes:
+        ties: ``(norm, layer, m, n)``, by qualified names: the norm runs ``m`` times where the layer runs ``n`` times.
+            The layer ``""`` is the model itself.
+        counts: The calls of each layer, by thread; only of runs that have not ended.
+    """
+
+    def __init__(self) -> None:
+        self.ties: list[tuple[str, str, int, int]] = []
+        self.counts: dict[int, collections.Counter[str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: the ties, and no run."""
+        return {"ties": list(self.ties), "counts": {}}
+
+    def require(self, counts: collections.Counter[str]) -> None:
+        """Compare the calls of a run.
+
+        Raises:
+            DeployedModelError: A norm and its layer did not run together.
+        """
+        for norm, layer, m, n in self.ties:
+            if counts[norm] * n != counts[layer] * m:
+                raise DeployedModelError(
+                    f"a branch of this run leaves out a norm, or the layer that it was folded into: {norm} ran "
+                    f"{counts[norm]} times and {layer or 'the model'} {counts[layer]} times, in the examples {m} and "
+                    f"{n}. Fold the source with example_inputs that take this branch too (normfuse.Examples)"
+                )
+
+
+class _Counting:
+    """A hook that knows the ties of its model."""
+
+    def __init__(self, ties: TiedCalls) -> None:
+        self.ties = ties
+
+
+class BeginRun(_Counting):
+    """Forward pre-hook of the model: nothing has run yet."""
+
+    def __call__(self, model: nn.Module, args: object) -> None:
+        """Start to count."""
+        self.ties.counts[_thread()] = collections.Counter({"": 1})
+
+
+class CountCall(_Counting):
+    """Forward hook of a tied layer."""
+
+    def __init__(self, ties: TiedCalls, name: str) -> None:
+        super().__init__(ties)
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        """Count the call; outside of a run of the model nobody asks."""
+        if _thread() in self.ties.counts:
+            self.ties.counts[_thread()][self.name] += 1
+
+
+class EndRun(_Counting):
+    """Forward hook of the model."""
+
+    def __call__(self, model: nn.Module, args: object, output: object) -> None:
+        """Compare.
+
+        Raises:
+            DeployedModelError: A norm and its layer did not run together.
+        """
+        counts = self.ties.counts.pop(_thread(), None)
+        if counts is not None:
+            self.ties.require(counts)
+
+
+def tie_calls(model: nn.Module, norm: str, layer: str, calls: tuple[int, int]) -> None:
+    """Let a folded model raise where a norm does not run ``calls[0]`` times for ``calls[1]`` runs of its layer."""
+    ties = next((hook.ties for hook in model._forward_hooks.values() if isinstance(hook, EndRun)), None)
+    if ties is None:
+        ties = TiedCalls()
+        model.register_forward_pre_hook(BeginRun(ties))
+        model.register_forward_hook(EndRun(ties))
+    counted = {"", *(name for tie in ties.ties for name in tie[:2])}
+    for name in {norm, layer} - counted:
+        model.get_submodule(name).register_forward_hook(CountCall(ties, name))
+    ties.ties.append((norm, layer, *calls))
+
+
+def counts_only(hook: object) -> bool:
+    """Whether a hook does nothing but count calls."""
+    return isinstance(hook, _Counting)
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,0 +1,51 @@
+"""Which layers must run together with a norm that was folded into them.
+
+Only where the code around them decides what it runs (:mod:`normfuse.capture.decisions`), so that a run may leave out
+one of them. A norm and a layer can be told to run together where both are called as modules; where no layer of a plan
+is, the norm is tied to the module that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from normfuse.graph import ModelGraph
+from normfuse.routes import Plan
+from normfuse.surgery import Edit
+
+
+def find(norm: str | None, nodes: list[fx.Node], plan: Plan, graph: ModelGraph) -> list[Edit]:
+    """Return the edits that tie the calls of a norm to those of the layers that take its map.
+
+    Args:
+        norm: Qualified name of its module, None where there is none.
+        nodes: Its calls.
+        plan: Who takes its map.
+        graph: The model before the fold.
+    """
+    layers = list(dict.fromkeys(absorber.owner for absorber, _ in plan.maps if absorber.owner))
+    if not norm or graph.decided.isdisjoint([norm, *layers]):
+        return []
+    tied = [edit for layer in layers if (edit := _tie(norm, layer, graph)) is not None]
+    scope = nodes[0].meta.get("scope", ())
+    caller = _tie(norm, scope[-1].name if scope else "", graph)
+    return tied or ([caller] if caller is not None else [])
+
+
+def _tie(norm: str, layer: str, graph: ModelGraph) -> Edit | None:
+    """Return the edit, None where one of the two is not called as a module, or not in step with the other."""
+    of_norm, of_layer = graph.calls_by_run(norm), _calls_by_run(layer, graph)
+    first = next(iter(of_norm), None)
+    if first is None or not of_layer.get(first):
+        return None
+    m, n = of_norm[first], of_layer[first]
+    in_step = all(of_norm.get(run, 0) * n == of_layer.get(run, 0) * m for run in {*of_norm, *of_layer})
+    return {"op": "tie_calls", "path": norm, "to": layer, "calls": [m, n]} if in_step else None
+
+
+def _calls_by_run(layer: str, graph: ModelGraph) -> Mapping[int, int]:
+    if layer:
+        return graph.calls_by_run(layer)
+    return {int(node.meta.get("run", 0)): 1 for node in graph.nodes}
