@@ -42,6 +42,7 @@ def fold(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     duplicate_shared: bool = False,
+    verify: bool = True,
 ) -> M:
     """Return the model with every exact pass applied, in eval mode.
 
@@ -60,17 +61,21 @@ def fold(
         include: Globs of qualified names; only these layers are touched. All, if empty.
         exclude: Globs of qualified names of layers to leave alone.
         duplicate_shared: Give each call of a shared layer weights of its own where sharing is all that prevents a fold.
+        verify: Run the result against the model before it is returned, on the example inputs or on some that are made
+            up, and judge the difference by the rounding of the model's own type (:mod:`normfuse.proof`).
 
     Returns:
         A model of the same class. Its ``train()`` raises :class:`normfuse.DeployedModelError`.
 
     Raises:
         CaptureError: The model does not run on the inputs, or no part of it can be traced.
+        VerificationError: The result does not compute what the model computes; the text names the pass and the layer.
+            The model is as it was, also with ``inplace``.
 
     Example:
         >>> folded = normfuse.fold(model, example_inputs=torch.randn(1, 3, 224, 224))  # doctest: +SKIP
     """
-    options = {"include": include, "exclude": exclude, "duplicate_shared": duplicate_shared}
+    options = {"include": include, "exclude": exclude, "duplicate_shared": duplicate_shared, "verify": verify}
     return apply(model, EXACT_PASSES, example_inputs=example_inputs, inplace=inplace, **options).model  # type: ignore[arg-type]
 
 
@@ -82,12 +87,13 @@ def fold_bn(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     duplicate_shared: bool = False,
+    verify: bool = True,
 ) -> M:
     """Return the model with each eligible BatchNorm folded into the weights around it, in eval mode.
 
     The arguments, result and errors are those of :func:`fold`; only the pass ``fold-bn`` runs.
     """
-    options = {"include": include, "exclude": exclude, "duplicate_shared": duplicate_shared}
+    options = {"include": include, "exclude": exclude, "duplicate_shared": duplicate_shared, "verify": verify}
     return apply(model, ("fold-bn",), example_inputs=example_inputs, inplace=inplace, **options).model  # type: ignore[arg-type]
 
 
@@ -108,7 +114,7 @@ def inspect(
         CaptureError: As for :func:`fold`.
     """
     example_inputs = understood(model, example_inputs)
-    return _run(model, passes, example_inputs, False, include, exclude, duplicate_shared).report
+    return _run(model, passes, example_inputs, False, include, exclude, duplicate_shared, False).report
 
 
 def apply(
@@ -120,6 +126,7 @@ def apply(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     duplicate_shared: bool = False,
+    verify: bool = True,
     tolerance: Tolerance | None = None,
 ) -> Result[M]:
     """Run passes in order; the result has ``.model`` and ``.report``.
@@ -132,17 +139,20 @@ def apply(
         include: As for :func:`fold`.
         exclude: As for :func:`fold`.
         duplicate_shared: As for :func:`fold`.
-        tolerance: Verify the result on the example inputs against a float64 run of ``model`` within this tolerance.
+        verify: As for :func:`fold`, where all passes are exact. What came of it is ``.report.verification``.
+        tolerance: Verify the result, exact or not, within this tolerance on the example inputs against a float64 run
+            of ``model`` instead.
 
     Raises:
         ValueError: A pass name is not known, or a tolerance is given without example inputs.
         CaptureError: As for :func:`fold`.
-        VerificationError: The result leaves the tolerance.
+        VerificationError: The result of exact passes does not compute what the model computes, or leaves the tolerance.
     """
     if tolerance is not None and (example_inputs is None or inplace):
         raise ValueError("a tolerance needs example_inputs, and inplace=False to have something to compare with")
     example_inputs = understood(model, example_inputs)
-    result = _run(model, passes, example_inputs, inplace, include, exclude, duplicate_shared)
+    verify = verify and tolerance is None
+    result = _run(model, passes, example_inputs, inplace, include, exclude, duplicate_shared, verify)
     _tell(result.report)
     if tolerance is not None and example_inputs is not None:
         comparison = compare(unwrap(model), result.model, example_inputs, tolerance=tolerance)
@@ -206,7 +216,7 @@ def export(
     require(source, Step.EXPORT)
 
     def folded(source: nn.Module) -> Result[nn.Module]:
-        return apply(source, EXACT_PASSES, example_inputs=example_inputs)
+        return apply(source, EXACT_PASSES, example_inputs=example_inputs, verify=verify)
 
     result = write(
         source,
@@ -232,11 +242,12 @@ def _run(
     include: Sequence[str],
     exclude: Sequence[str],
     duplicate_shared: bool,
+    verify: bool,
 ) -> Result[M]:
     names = (("duplicate-shared",) if duplicate_shared else ()) + tuple(passes)
     chosen = [_pass(one) if isinstance(one, str) else one for one in names]
     selection = Selection(tuple(include), tuple(exclude))
-    return run(model, chosen, example_inputs=example_inputs, selection=selection, inplace=inplace)
+    return run(model, chosen, example_inputs=example_inputs, selection=selection, inplace=inplace, verify=verify)
 
 
 def _pass(name: str) -> Pass:
@@ -248,6 +259,8 @@ def _pass(name: str) -> Pass:
 def _tell(report: Report) -> None:
     """Log one line; a warning where a model with norms came out unchanged."""
     _log.info(report.summary())
+    if report.verification is not None and not report.verification.verified:
+        _log.warning(str(report.verification))
     if report or not report.norms:
         return
     reasons = collections.Counter(o.refusal for o in report.norms if o.refusal)

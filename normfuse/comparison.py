@@ -199,15 +199,15 @@ class OutputError:
             return ""
         return f"output {self.name!r} repeats the source's own run, which is itself off by {self.error:.1e}"
 
-    def verdict(self, tolerance: Tolerance | None, eps: float) -> str:
+    def verdict(self, tolerance: Tolerance | None, eps: float, ceiling: float = CEILING) -> str:
         """Return why this output fails, or nothing."""
         if self.fault:
             return self.fault
         if tolerance:
             text = f"output {self.name!r} needs atol {self.excess:.1e} at rtol {self.rtol:g}"
             return "" if self.excess <= tolerance.atol else f"{text}, allowed {tolerance.atol:.1e}"
-        allowed, ceiling = K * self.noise + FLOOR * eps * self.scale, CEILING * self.scale
-        if self.unexplained <= min(allowed, ceiling):
+        allowed = K * self.noise + FLOOR * eps * self.scale
+        if self.unexplained <= min(allowed, ceiling * self.scale):
             return ""
         text = f"output {self.name!r} is off by {self.error:.1e}"
         if self.unexplained > allowed:
@@ -243,11 +243,12 @@ def summarize(
     tolerance: Tolerance | None,
     eps: float,
     *,
+    ceiling: float = CEILING,
     notes: Sequence[str] = (),
     **details: Any,
 ) -> Comparison:
     """Return the comparison over all outputs; ``details`` are the remaining fields of :class:`Comparison`."""
-    failures = [text for output in outputs if (text := output.verdict(tolerance, eps))]
+    failures = [text for output in outputs if (text := output.verdict(tolerance, eps, ceiling))]
     rows = sum(output.rows for output in outputs)
     faulty = any(output.fault for output in outputs)
     excess = math.inf if faulty else max(output.excess for output in outputs)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.graph import Inputs
+from normfuse.examples import Inputs
 
 SIZES = (224, 32, 64, 128, 299, 28, 256, 512)
 LENGTHS = (224, 32, 64, 128, 299, 1024, 16000)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -14,7 +15,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from normfuse import deploy, families, norms, order, reach, surgery
-from normfuse.base import Match, Pass, Reason, Refusal, Refused
+from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
 from normfuse.errors import PassContractError
 from normfuse.examples import Examples, Inputs
@@ -22,8 +23,10 @@ from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, module_names
 from normfuse.layers import change_of_class
 from normfuse.manifest import make_manifest
+from normfuse.proof import Proof
 from normfuse.report import Outcome, Report, Status
-from normfuse.structure import restored_on_error
+from normfuse.settlement import Passes, verified
+from normfuse.structure import Structure, restored_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,6 +73,7 @@ class _Run:
     outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
     unread: dict[str, Refusal] = field(default_factory=dict)
     """Why a pass, by its name, could not look at the model at all."""
+    proof: Proof | None = None
     guarded: dict[str, str] = field(default_factory=dict)
 
 
@@ -81,6 +85,7 @@ def run(
     example_inputs: Inputs | Examples | None = None,
     selection: Selection = Selection(),
     inplace: bool = False,
+    verify: bool = False,
 ) -> Result[M]:
     """Run passes in order on a model, or on a copy of it, and return it with the report.
 
@@ -90,12 +95,31 @@ def run(
     Raises:
         CaptureError: The model could not be read.
         OrderError: A pass comes after one that must follow it, in this run or an earlier one.
+        VerificationError: The result of exact passes was to be verified, and does not compute what the model computes.
     """
     user_model = unwrap(model)
     order.require_for_passes(user_model, [one.name for one in passes if not one.reversible])
     work = user_model if inplace else surgery.copy(user_model)
-    with restored_on_error(work) if inplace else contextlib.nullcontext():
-        return Result(work, _edit(work, user_model, passes, example_inputs, selection))  # type: ignore[arg-type]
+    proof = Proof.of(example_inputs) if verify and all(one.exactness is Exactness.EXACT for one in passes) else None
+    with restored_on_error(work) if inplace else contextlib.nullcontext() as before:
+        report = _edit(work, user_model, passes, example_inputs, selection, proof)
+        if proof is not None and report:
+
+            def again(model: nn.Module, count: int, inputs: Inputs | Examples | None, verify: bool) -> Report:
+                options = {"selection": selection, "inplace": True, "verify": verify}
+                return run(model, passes[:count], example_inputs=inputs, **options).report  # type: ignore[arg-type]
+
+            names = [one.name for one in passes]
+            source = functools.partial(_fresh, user_model, before)
+            verification = verified(proof, work, Passes(names, example_inputs, source, again))
+            report = replace(report, verification=verification)
+        return Result(work, report)  # type: ignore[arg-type]
+
+
+def _fresh(source: nn.Module, before: Structure | None) -> nn.Module:
+    """Return a copy of the model that passes ran on, which ``before`` remembers where they edited it in place."""
+    with before.for_a_moment(source) if before is not None else contextlib.nullcontext():
+        return surgery.copy(source)
 
 
 def _edit(
@@ -104,14 +128,17 @@ def _edit(
     passes: Sequence[Pass],
     example_inputs: Inputs | Examples | None,
     selection: Selection,
+    proof: Proof | None,
 ) -> Report:
     """Carry out the passes on a model, which is the source or a copy of it, and put it in its final mode."""
     notes = _notes(work, passes)
     change_of_class.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(work.state_dict())
     original = {key: names[0] for key, names in module_names(work).items()}
-    state = _Run(selection, original, tuple(one.name for one in passes))
+    state = _Run(selection, original, tuple(one.name for one in passes), proof=proof)
     graph = capture(work, example_inputs)
+    if proof is not None:
+        proof.returned.extend(graph.returned or ())
     inventory, first, unreached = norms.find_norms(graph), graph, reach.unreached(graph)
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
@@ -198,7 +225,7 @@ def _sweep(one: Pass, graph: ModelGraph, state: _Run, done: set[str]) -> bool:
         answer = state.selection.protects(answer) or answer
         if isinstance(answer, Match):
             edits = len(graph.edits)
-            _apply(one, answer, graph)
+            _apply(one, answer, graph, state)
             done.add(name)
             structural |= any(edit.get("module") != surgery.IDENTITY for edit in graph.edits[edits:])
         _note(one, match, answer, name, state)
@@ -222,8 +249,10 @@ def _check(one: Pass, match: Match, graph: ModelGraph) -> Match | Refusal:
         return refused.refusal
 
 
-def _apply(one: Pass, match: Match, graph: ModelGraph) -> None:
+def _apply(one: Pass, match: Match, graph: ModelGraph, state: _Run) -> None:
     """Let a pass edit the model; it is past asking, so a refusal is a fault of the pass."""
+    if state.proof is not None:
+        state.proof.observe(graph.root)
     try:
         one.apply(match, graph)
     except Refused as refused:

@@ -7,8 +7,9 @@ for each rewrite that is not about a norm (a materialized weight, a merged branc
 from __future__ import annotations
 
 import collections
+import dataclasses
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from normfuse.base import Refusal
@@ -88,15 +89,51 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of running a result against its source; one that differs raises, and has no report.
+
+    Attributes:
+        verified: Whether the result returns what the source returns, up to rounding.
+        inputs: What both ran on, for people: ``"x:1x3x224x224 float32"``.
+        origin: What that was made up from, where the user gave no inputs: ``"guessed from conv1 (Conv2d)"``.
+        error: The largest difference of an output, of the largest value of that output.
+        allowed: What rounding explains of it, in the same unit.
+        dtype: The precision in which both ran: ``"float32"``; ``"float64"`` where rounding hid what the own one shows.
+        reason: Why the result is not verified; empty where it is.
+    """
+
+    verified: bool
+    inputs: str = ""
+    origin: str = ""
+    error: float = 0.0
+    allowed: float = 0.0
+    dtype: str = ""
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        made_up = f", {self.origin}" if self.origin else ""
+        if not self.verified:
+            return f"not verified: {self.reason}"
+        figures = f"off by {self.error:.1e} of the largest value, {self.allowed:.1e} allowed, in {self.dtype}"
+        return f"verified: {figures} (on {self.inputs}{made_up})"
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The outcomes of a run of passes, in the order of execution of the model.
 
-    True if anything was applied. ``str(report)`` is an aligned table with one line per layer.
+    True if anything was applied. ``str(report)`` is an aligned table with one line per layer. ``verification`` says
+    what came of running the result; None where it was not asked for, or where nothing exact was applied.
     """
 
     outcomes: tuple[Outcome, ...]
     passes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    verification: Verification | None = field(default=None, compare=False)
 
     @property
     def norms(self) -> tuple[Outcome, ...]:
@@ -142,7 +179,12 @@ class Report:
             left = [o for o in norms if o.status is status]
             if left:
                 parts.append(f"{len(left)} {status.value}{_reasons(left)}")
-        return f"{', '.join(self.passes) or 'nothing run'}: {', '.join(parts)}"
+        return f"{', '.join(self.passes) or 'nothing run'}: {', '.join(parts)}{self._proof()}"
+
+    def _proof(self) -> str:
+        if self.verification is None:
+            return ""
+        return "; verified" if self.verification.verified else "; not verified"
 
     def _summary_of_layers(self) -> str:
         """Return one line about layers that are no norms: ``"quantize: 52 of 53 layers quantized, 1 refused"``."""
@@ -159,6 +201,7 @@ class Report:
             "passes": list(self.passes),
             "notes": list(self.notes),
             "summary": self.summary(),
+            "verification": self.verification.to_dict() if self.verification else None,
             "pairs": [outcome.to_dict() for outcome in self.outcomes],
         }
 
@@ -169,7 +212,9 @@ class Report:
         rows = [outcome.line() for outcome in self.outcomes]
         width = max((len(row[1]) for row in rows), default=0)
         lines = [f"  {status:<11}  {what:<{min(width, 60)}}  {why}".rstrip() for status, what, why in rows]
-        return "\n".join([self.summary(), *lines, *(f"  note: {shown(note)}" for note in self.notes)])
+        proof = [f"  {shown(str(self.verification))}"] if self.verification else []
+        notes = [f"  note: {shown(note)}" for note in self.notes]
+        return "\n".join([self.summary(), *lines, *proof, *notes])
 
 
 def _verb(outcome: Outcome) -> str:

@@ -57,6 +57,16 @@ class Structure:
                 self._contents.append((value, _content(value)))
             found.extend(value.values() if isinstance(value, dict) else value)
 
+    @contextlib.contextmanager
+    def for_a_moment(self, model: nn.Module) -> Iterator[None]:
+        """Run a block with the model as it was, and give it afterwards the structure back that it has now."""
+        now = Structure(model)
+        self.put_back()
+        try:
+            yield
+        finally:
+            now.put_back()
+
     def put_back(self) -> None:
         """Make the model what it was: the same objects, in the same places and of the same classes."""
         for module, cls in self._classes:

@@ -67,7 +67,7 @@ def test_text_has_one_line_per_layer():
 def test_dictionary_is_json_with_stable_keys():
     data = json.loads(json.dumps(REPORT.to_dict()))
     assert data["schema_version"] == SCHEMA_VERSION
-    assert set(data) == {"schema_version", "passes", "notes", "summary", "pairs"}
+    assert set(data) == {"schema_version", "passes", "notes", "summary", "verification", "pairs"}
     keys = {"pass", "norm", "subject", "layer", "producer", "action", "reason", "detail", "hint"}
     assert all(keys <= set(pair) for pair in data["pairs"])
     assert [pair["action"] for pair in data["pairs"]] == ["applied", "refused", "not_reached", "applied"]
