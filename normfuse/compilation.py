@@ -114,7 +114,7 @@ def compile(
     if backend is not None and backend not in CHOICES:
         raise ValueError(f"{backend!r} is none of {', '.join(CHOICES)}")
     source, example_inputs = unwrap(model), understood(model, example_inputs)
-    folded, report = _folded(source, example_inputs)
+    folded, report = _folded(source, example_inputs, verify)
     first = calls_of(example_inputs)[0]
     prepared, notes = _prepare(folded, first, backend)
     seconds = _seconds(prepared, folded) if len(prepared) > 1 else {}
@@ -128,10 +128,10 @@ def compile(
     return made
 
 
-def _folded(source: nn.Module, inputs: Inputs | Examples) -> tuple[nn.Module, Report]:
+def _folded(source: nn.Module, inputs: Inputs | Examples, verify: bool) -> tuple[nn.Module, Report]:
     if is_folded(source) or is_quantized(source):
         return surgery.copy(source), Report(())
-    result = api.apply(source, api.EXACT_PASSES, example_inputs=inputs)
+    result = api.apply(source, api.EXACT_PASSES, example_inputs=inputs, verify=verify)
     return result.model, result.report
 
 

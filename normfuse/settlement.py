@@ -114,7 +114,8 @@ def _in_double(proof: Proof, passes: Passes) -> Verification | None:
 
 def _failure(proof: Proof, result: nn.Module, passes: Passes, comparison: Comparison) -> VerificationError:
     """Return the error that names the pass and the layer."""
-    place = first_divergence(passes.source(), result, proof.samples[0])
+    places = (first_divergence(passes.source(), result, sample) for sample in proof.samples)
+    place = next(filter(None, places), None)
     comparison = dataclasses.replace(comparison, diverges_at=place)
     first = f", first at {place}" if place else ""
     text = (

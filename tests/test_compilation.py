@@ -91,7 +91,7 @@ def test_what_it_refuses(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(MissingDependencyError):
             normfuse.compile(model, X, backend="tensorrt")
 
-    def wrong(source: nn.Module, inputs: Any) -> Any:
+    def wrong(source: nn.Module, inputs: Any, verify: bool) -> Any:
         folded = normfuse.fold(source)
         with torch.no_grad():
             folded.head.bias.add_(1)

@@ -44,7 +44,7 @@ def verification(model: nn.Module, x: Any = X, **options: Any) -> Verification:
     return found
 
 
-def spoilt(change: Callable[[Tensor], Tensor], at: int = 1) -> Callable[..., None]:
+def spoilt(change: Callable[[Tensor], Tensor], at: int | str = 1) -> Callable[..., None]:
     """Return an ``assign`` that changes the weights of one block of :func:`deep` on their way."""
     assign = surgery.assign
 
@@ -416,3 +416,23 @@ def test_functions_of_the_functional_interface_are_moved_with_their_vectors():
             return F.batch_norm(self.conv(x), self.mean, self.var, self.gain)
 
     assert verification(Functional().double()).verified
+
+
+class Domains(nn.Module):
+    """Two branches, of which a call takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([deep(1), deep(1)])
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.branches[domain](x)
+
+
+def test_every_example_is_run(monkeypatch: pytest.MonkeyPatch):
+    examples = normfuse.Examples(X, (X[:1], 1))
+    assert verification(Domains(), examples).inputs.startswith("x:2x3x9x9 float64; x:1x3x9x9 float64")
+    monkeypatch.setattr(surgery, "assign", spoilt(flipped, at="branches.1.1"))
+    assert verification(Domains(), X).verified
+    with pytest.raises(VerificationError, match=r"^fold-bn changed .*first at branches\.1\.1\.1"):
+        normfuse.fold(Domains(), example_inputs=examples)

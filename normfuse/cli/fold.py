@@ -65,7 +65,8 @@ def _fold_model(
     example = source.example_for(loaded, request, out)
     from normfuse import api, outputs, serialize
 
-    with out.step("folding"):
+    options["verify"] = not check.no_verify
+    with out.step("folding"), results.reporting(out):
         result = api.apply(loaded.model, api.EXACT_PASSES, example_inputs=example.inputs, **options)
     results.show_report(result.report, out)
     if require_fold:

@@ -53,6 +53,7 @@ class Output:
             "environment": {},
             "model": None,
             "pairs": [],
+            "verification": None,
             "verify": None,
             "bench": [],
             "outputs": [],

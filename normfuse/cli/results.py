@@ -40,6 +40,7 @@ def show_report(report: Report, out: Output, *, every: bool = False) -> None:
     """Print what became of the norms: counts, and the ones that are left with the reason; every one if asked for."""
     out.document["pairs"] = [outcome.to_dict() for outcome in report.outcomes]
     out.document["summary"] = report.summary()
+    out.document["verification"] = report.verification.to_dict() if report.verification else None
     norms = report.norms
     applied = [o for o in norms if o.status.name == "APPLIED"]
     out.field("norms", _kinds(norms))
@@ -48,6 +49,8 @@ def show_report(report: Report, out: Output, *, every: bool = False) -> None:
     shown = report.outcomes if every or out.verbose else [o for o in norms if o.status.name in ("REFUSED", "UNMATCHED")]
     if shown:
         out.rows([_row(outcome) for outcome in shown])
+    if report.verification:
+        out.field("proof", str(report.verification))
     for text in report.notes:
         if text not in out.document["notes"]:
             out.note(text)

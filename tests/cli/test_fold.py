@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import normfuse
+from normfuse import surgery
 from normfuse.verify import verify
 
 SHAPE = ("--input-shape", "1,3,8,8")
@@ -52,6 +54,8 @@ def test_json_has_verification_and_output(run, model_file):
     assert document["verify"]["passed"] is True
     assert document["verify"]["inputs"] == 3
     assert document["verify"]["judge"] == "float64"
+    assert document["verification"]["verified"] is True
+    assert document["verification"]["dtype"] == "float32"
     assert [(entry["path"], len(entry["sha256"])) for entry in document["outputs"]] == [("model.folded.pt", 64)]
     assert document["next"] == "normfuse export model.folded.pt"
 
@@ -59,6 +63,7 @@ def test_json_has_verification_and_output(run, model_file):
 def test_no_verify(run, model_file):
     document = json.loads(run("fold", model_file, *SHAPE, "--json", "-", "--no-verify").stdout)
     assert document["verify"] is None
+    assert document["verification"] is None
     assert len(document["outputs"]) == 1
 
 
@@ -66,6 +71,20 @@ def test_failed_verification_writes_nothing(run, model_file, folder: Path):
     result = run("fold", model_file, *SHAPE, "--atol", "0", "--json", "-")
     assert result.exit_code == 1
     assert "verification failed" in result.stderr
+    assert json.loads(result.stdout)["verify"]["passed"] is False
+    assert os.listdir(folder) == [model_file]
+
+
+def test_a_wrong_fold_is_an_error_that_names_the_pass(run, model_file, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    assign = surgery.assign
+
+    def wrong(module_of: Any, tensors: Any, *args: Any) -> None:
+        assign(module_of, {name: value + 0.1 for name, value in tensors.items()}, *args)
+
+    monkeypatch.setattr(surgery, "assign", wrong)
+    result = run("fold", model_file, *SHAPE, "--json", "-")
+    assert result.exit_code == 1
+    assert "fold-bn changed what the model computes, first at 1: output" in result.stderr
     assert json.loads(result.stdout)["verify"]["passed"] is False
     assert os.listdir(folder) == [model_file]
 
