@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.capture import eval_mode
+from normfuse.default_device import runs_users_code
 from normfuse.errors import CalibrationError
 from normfuse.graph import Inputs
 from normfuse.outputs import arguments, map_tensors
@@ -170,6 +171,7 @@ class Enough(BaseException):
 
 
 @torch.no_grad()
+@runs_users_code
 def listen(model: nn.Module, listeners: Mapping[nn.Module, Listener], batches: Iterable[Batch]) -> None:
     """Run a model in eval mode on data, and hand each call of some norms to their listeners.
 

@@ -1,9 +1,9 @@
 """The order in which a model is worked on, and what a model shows of the steps it is past.
 
-    materialize  ->  recalibrate or adapt  ->  fold  ->  quantize  ->  export
+    materialize  ->  recalibrate or adapt  ->  tune  ->  fold  ->  quantize  ->  export
 
 Each step reads what the next one removes. Recalibration sets the statistics of norms, which folding puts into weights:
-statistics that move afterwards move nothing. Quantization rounds the weights that folding scales.
+statistics that move afterwards move nothing. Tune mode fixes them. Quantization rounds the weights that folding scales.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ class Step(enum.IntEnum):
 
     MATERIALIZE = 0
     RECALIBRATE = 1
-    FOLD = 2
-    QUANTIZE = 3
-    EXPORT = 4
+    TUNE = 2
+    FOLD = 3
+    QUANTIZE = 4
+    EXPORT = 5
 
 
 STEP_OF_PASS = {
     "materialize": Step.MATERIALIZE,
     "recalibrate": Step.RECALIBRATE,
     "prune-constant": Step.RECALIBRATE,
+    "tune-mode": Step.TUNE,
     "fold-bn": Step.FOLD,
     "merge-branches": Step.FOLD,
     "fold-affine": Step.FOLD,
@@ -44,6 +46,7 @@ STEP_OF_PASS = {
 _VERBS = {
     Step.MATERIALIZE: "materialize",
     Step.RECALIBRATE: "recalibrate",
+    Step.TUNE: "tune",
     Step.FOLD: "fold",
     Step.QUANTIZE: "quantize",
     Step.EXPORT: "export",

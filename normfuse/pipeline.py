@@ -17,6 +17,7 @@ from torch import nn
 from normfuse import deploy, families, norms, order, reach, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
+from normfuse.default_device import on_cpu
 from normfuse.errors import PassContractError
 from normfuse.examples import Examples, Inputs
 from normfuse.exclusive import exclusive
@@ -98,7 +99,7 @@ def run(
         VerificationError: The result of exact passes was to be verified, and does not compute what the model computes.
     """
     user_model = unwrap(model)
-    order.require_for_passes(user_model, [one.name for one in passes if not one.reversible])
+    order.require_for_passes(user_model, [one.name for one in passes])
     work = user_model if inplace else surgery.copy(user_model)
     proof = Proof.of(example_inputs) if verify and all(one.exactness is Exactness.EXACT for one in passes) else None
     with restored_on_error(work) if inplace else contextlib.nullcontext() as before:
@@ -122,6 +123,7 @@ def _fresh(source: nn.Module, before: Structure | None) -> nn.Module:
         return surgery.copy(source)
 
 
+@on_cpu()
 def _edit(
     work: nn.Module,
     source: nn.Module,
@@ -172,8 +174,8 @@ def _unseen(graph: ModelGraph, passes: Sequence[Pass]) -> tuple[str, ...]:
     if not (graph.partial and any(one.reversible for one in passes)):
         return ()
     return (
-        "only parts of the model could be traced: code outside them that calls a paired layer by itself would get the "
-        "normalized value; pass example_inputs to be sure",
+        "only parts of the model could be traced: code outside them that calls a paired layer by itself raises; "
+        "pass example_inputs that go this way",
     )
 
 

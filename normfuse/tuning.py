@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from normfuse.base import Reason
 from normfuse.capture import understood, unwrap
 from normfuse.errors import CaptureError
 from normfuse.examples import Examples, Inputs
@@ -82,6 +83,9 @@ def tune_mode(
     _log.log(logging.INFO if paired or not report.norms else logging.WARNING, report.summary())
     for note in report.notes:
         _log.info(note)
+    for outcome in report.refused:
+        if outcome.refusal is not None and outcome.refusal.reason is Reason.BATCH_STATISTICS:
+            _log.warning("%s is not in Tune mode: %s", outcome.subject, outcome.refusal)
     return model
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from normfuse import adapters, norms, pairs
+from normfuse import adapters, moving_statistics, norms, pairs
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
@@ -42,17 +42,25 @@ class TuneMode(Pass):
         if not self._readings or self._readings[0].graph is not graph:  # read once, while all layers are as they were
             self._readings = pairs.readings(graph)
         for norm in self._readings[0].norms.values():
-            if norm.module is None or isinstance(graph.module(norm.module), AffineInference):
-                continue
-            if norms.has_affine_form(norm, graph):
+            fixable = (
+                norm.module is not None and norms.has_affine_form(norm, graph) and not _is_ours(norm.module, graph)
+            )
+            if fixable or moving_statistics.of_norm(norm, self._readings) is not None:
                 yield Match(norm.name, norm.layer)
+        reported = {name.partition(":")[0] for name in self._readings[0].norms}
+        for name, module in graph.root.named_modules():
+            if name not in reported and moving_statistics.of_layer(name, module) is not None:
+                yield Match(name, type(module).__name__, norm=False)
         for name in _clamps([reading.graph for reading in self._readings]):
             yield Match(name, type(graph.module(name)).__name__, norm=False, payload=name)
 
     def check(self, match: Match, graph: ModelGraph) -> Match | Refusal:
         """Find the layers that make the norm's input; without them the norm only gets its statistics fixed."""
         if not match.norm:
-            return match
+            return moving_statistics.of_layer(match.subject, graph.module(match.subject)) or match
+        moving = moving_statistics.of_norm(self._readings[0].norms[match.subject], self._readings)
+        if moving is not None:
+            return moving
         name, module = match.subject, graph.module(match.subject)
         if is_uninitialized(module):
             return Refusal(Reason.UNINITIALIZED, f"{name} has no values yet", "run the model once")
@@ -75,6 +83,10 @@ class TuneMode(Pass):
                 enter(module, FixedNorm)
         else:
             _join(match.subject, match.payload, graph)
+
+
+def _is_ours(name: str, graph: ModelGraph) -> bool:
+    return isinstance(graph.module(name), AffineInference)
 
 
 def _join(name: str, found: pairs.FoundPair, graph: ModelGraph) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a folder stands for everything in it.
 LEVELS = (
-    ("errors", "examples", "names", "numerics", "computed", "holders", "patches"),
+    ("default_device", "errors", "examples", "names", "numerics", "computed", "holders", "patches"),
     ("adapters", "atomic_files", "digests", "exclusive", "named_tensors", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
     ("affine", "graph", "call_arguments", "norm_classes"),
@@ -26,7 +26,7 @@ LEVELS = (
     ("branches", "scopes", "gains"),
     ("product_calls", "absorbers", "bias_trials", "absorption"),
     ("gather", "passing", "joining", "rules", "legality", "standing_in", "routes"),
-    ("pairs", "heads", "ties", "centering", "stream_rules", "streams", "as_rms_norm"),
+    ("pairs", "moving_statistics", "heads", "ties", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
     ("layer_quantization", "layer_ranges"),
     ("passes",),

@@ -1,4 +1,4 @@
-"""Materialise, recalibrate or adapt, fold, quantize, export: another order is an error that says what comes first."""
+"""Materialise, recalibrate or adapt, tune, fold, quantize, export: another order is an error that says what to do."""
 
 from __future__ import annotations
 
@@ -141,3 +141,15 @@ def test_a_recalibrated_model_is_folded_before_it_is_quantized():
 def test_the_error_is_a_normfuse_error():
     assert issubclass(OrderError, normfuse.NormfuseError)
     assert normfuse.OrderError is OrderError
+
+
+@pytest.mark.parametrize("tune", [normfuse.tune_mode, lambda m: normfuse.apply(m, ["tune-mode"]), normfuse.tuned])
+@pytest.mark.parametrize("adapt", [statistics.alpha_bn, statistics.unmix_tns])
+def test_a_model_that_adapts_is_not_tuned(adapt: Callable[[Any], Any], tune: Callable[[Any], Any]):
+    model = adapt(network())
+    classes = [type(module) for module in model.modules()]
+    text = r"recalibrate before you tune: .* normfuse\.statistics\.freeze\(model\)"
+    with pytest.raises(OrderError, match=text), tune(model):
+        pass
+    assert [type(module) for module in model.modules()] == classes
+    tune(statistics.leave(model))

@@ -22,6 +22,7 @@ from normfuse.capture.following import Follower, FunctionReader, tensors_in
 from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.questions import questions
+from normfuse.default_device import runs_users_code
 from normfuse.errors import CaptureError
 from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.exclusive import exclusive
@@ -31,6 +32,7 @@ from normfuse.outputs import arguments, copied, leaves
 
 
 @exclusive
+@runs_users_code
 def record(model: nn.Module, example_inputs: Inputs | Examples, *, training: bool = False) -> ModelGraph:
     """Run ``model`` once on each example and return what it did, the runs side by side, as a graph with shapes.
 

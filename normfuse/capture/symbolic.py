@@ -26,6 +26,7 @@ from normfuse.capture.leaves import is_leaf
 from normfuse.capture.modes import in_mode, unchanged
 from normfuse.capture.questions import questions
 from normfuse.capture.recorded import training_inside_eval
+from normfuse.default_device import runs_users_code
 from normfuse.errors import CaptureError
 from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, ModuleCall
@@ -35,6 +36,7 @@ from normfuse.surgery import module_names
 
 
 @exclusive
+@runs_users_code
 def trace(model: nn.Module, *, training: bool = False) -> ModelGraph:
     """Trace ``model``, or every part of it that can be traced, in eval mode, or all but its norms in training mode.
 

@@ -25,7 +25,7 @@ def scratch(like: Tensor) -> Tensor:
     size = like.numel()
     if like.dtype not in held or held[like.dtype].numel() < size:
         with torch.inference_mode(False):
-            held[like.dtype] = torch.empty(size, dtype=like.dtype)
+            held[like.dtype] = torch.empty(size, dtype=like.dtype, device=like.device)
     room = held[like.dtype]
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         return room.as_strided(like.shape, like.stride())
