@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normfuse import adapters, product_calls
+from normfuse import adapters, bias_trials, product_calls
 from normfuse.base import Reason, Refused
 from normfuse.capture.leaves import base_layer
 from normfuse.graph import ModelGraph, occurrences
@@ -119,7 +119,8 @@ def _of_call(call: ProductCall, node: fx.Node, graph: ModelGraph) -> Absorber:
     name = owner if owner and attribute == "weight" else call.weight
     pads = call.transposed or _pads(call.padding, tuple(graph.tensor(call.weight).shape[2:]))
     padded = call.kind == "conv" and pads
-    return Absorber(call.kind, name, call.weight, call.bias, call.groups, call.transposed, padded, node)
+    bias = call.bias or bias_trials.filled_place(call.weight, graph)
+    return Absorber(call.kind, name, call.weight, bias, call.groups, call.transposed, padded, node)
 
 
 def _pads(padding: Any, kernel: tuple[int, ...]) -> bool:

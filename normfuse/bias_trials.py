@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from normfuse import product_calls
 from normfuse.base import Refused
@@ -41,6 +41,12 @@ def place_of_bias(weight: str, graph: ModelGraph) -> str | None:
     if graph not in _FOUND:
         _FOUND[graph] = {place.weight: place.bias for place in _read(_places(graph), graph)}
     return _FOUND[graph].get(weight)
+
+
+def filled_place(weight: str, graph: ModelGraph) -> str | None:
+    """Return the name of the bias that a fold has given to the calls on a weight since the model was read."""
+    bias = _FOUND.get(graph, {}).get(weight)
+    return bias if bias is not None and isinstance(graph.tensor(bias), Tensor) else None
 
 
 def _places(graph: ModelGraph) -> list[_Place]:

