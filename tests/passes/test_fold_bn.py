@@ -206,7 +206,7 @@ def test_failure_of_one_match_leaves_the_model_untouched():
 def test_duplicating_shared_layers_lets_them_fold(name: str):
     model = ZOO[name].build()
     result = api.apply(model, ["fold-bn"], example_inputs=image(), duplicate_shared=True)
-    assert [o.status for o in result.report.norms[-2:]] == [Status.APPLIED] * 2
+    assert all(o.status is Status.APPLIED for o in result.report.norms)
     assert_parity(model, result.model, image())
     assert_parity(model, copy.deepcopy(result.model), image())
 
