@@ -18,8 +18,9 @@ from tests.lowering.graphs.movements import MOVES
 from tests.lowering.graphs.operations import OTHERS
 
 OPSETS = (9, 10, 11, 12, 13, 14, 15, 16, 17, 17, 18, 19, 20, 21)
-TOLERANCE = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 2e-3}
-"""Largest difference of an output, relative to its largest element."""
+TOLERANCE = {np.dtype(np.float64): 1e-9, np.dtype(np.float32): 1e-4}
+"""Largest difference of an output, relative to its largest element; beyond what rounding does to the source itself."""
+NOISE = 30  # rounding falls differently in a folded graph: so many times the source's own error in float32 is no fault
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def _input_shape(source: random.Random) -> tuple[int, ...]:
 def judge(made: onnx.ModelProto) -> Verdict:
     """Fold a graph and compare it with its source."""
     feeds = _feeds(made)
-    expected = run(made, feeds)
+    try:
+        expected = run(made, feeds)
+    except Exception as error:  # an operator that the reference evaluator has wrong
+        return Verdict("unusable", f"{type(error).__name__} in the source: {str(error).splitlines()[0][:200]}")
     if not all(np.isfinite(value).all() for value in expected):
         return Verdict("unusable", "the source is not finite")
     before = made.SerializeToString()
@@ -86,8 +90,11 @@ def judge(made: onnx.ModelProto) -> Verdict:
     norms, changed = len(result.report.norms), len(result.report.applied)
     if fault:
         return Verdict("wrong", fault, norms, changed)
-    kind = "right" if worst <= TOLERANCE[expected[0].dtype] else "wrong"
-    return Verdict(kind, f"{worst:.2g}", norms, changed)
+    allowed = TOLERANCE[expected[0].dtype]
+    if worst > allowed and expected[0].dtype == np.float32:
+        exact = run(in_double(made), {name: value.astype(np.float64) for name, value in feeds.items()})
+        allowed += NOISE * max(difference(a.astype(np.float32), b) for a, b in zip(exact, expected, strict=True))
+    return Verdict("right" if worst <= allowed else "wrong", f"{worst:.2g}", norms, changed)
 
 
 def _fault(made: onnx.ModelProto, before: bytes, folded: onnx.ModelProto, result: OnnxFoldResult) -> str:
@@ -106,6 +113,19 @@ def _fault(made: onnx.ModelProto, before: bytes, folded: onnx.ModelProto, result
     if "cannot be followed" in str(result.report):
         return str(result.report)
     return ""
+
+
+def in_double(made: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph of float32 in float64, with the same constants."""
+    wide = onnx.ModelProto.FromString(made.SerializeToString())
+    constants = [attribute.t for node in wide.graph.node for attribute in node.attribute if attribute.name == "value"]
+    for tensor in (*wide.graph.initializer, *constants):
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in (*wide.graph.input, *wide.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    return wide
 
 
 def _feeds(made: onnx.ModelProto) -> dict[str, np.ndarray]:

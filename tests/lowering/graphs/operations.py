@@ -47,6 +47,8 @@ def pointwise(g: Builder, x: str) -> str | None:
     op = g.random.choice(["Relu", "Relu", "LeakyRelu", "PRelu", "Neg", "Identity", "Dropout", "Sigmoid", "Clip"])
     attributes = {"alpha": g.random.choice([0.1, 0.1, -0.2])} if op == "LeakyRelu" else {}
     inputs = [x]
+    if op == "PRelu" and not shape:
+        return None
     if op == "PRelu":
         sizes = (shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 and g.chance(0.7) else (1,)
         inputs.append(g.constant(g.uniform(0.1, 0.5, *sizes)))
