@@ -31,11 +31,13 @@ def absorb_output(absorber: Absorber, m: AffineMap, graph: ModelGraph) -> dict[s
     weight = graph.tensor(absorber.weight).detach()
     if absorber.kind in ("addend", "factor"):
         return _absorb_constant(absorber, weight, m)
+    if absorber.kind == "norm" and weight.dim() != 1:
+        raise Refused(Reason.AXIS, f"{absorber.name} normalises over several axes")
     scale, shift = m.vectors(_channel_axis(absorber, weight, graph), _out_size(absorber, weight), absorber.name)
     if absorber.kind == "embedding":
         return {absorber.weight: numerics.exact(weight) * scale + shift}
     if absorber.kind == "norm":
-        return _absorb_gain(absorber, weight, scale, shift, m, graph)
+        return _absorb_gain(absorber, weight, scale, shift, graph)
     new = numerics.scale_outputs(weight, scale, groups=absorber.groups, transposed=absorber.transposed)
     old_bias = _bias(absorber, graph)
     return _with_bias(absorber, new, old_bias, shift if old_bias is None else scale * old_bias + shift, graph)
@@ -86,8 +88,6 @@ def _channel_axis(absorber: Absorber, weight: Tensor, graph: ModelGraph) -> int:
 
 
 def _absorb_constant(absorber: Absorber, weight: Tensor, m: AffineMap) -> dict[str, Tensor]:
-    if absorber.kind == "factor" and m.has_shift:
-        raise Refused(Reason.OPAQUE_OPERATION, f"the factor {absorber.name} cannot take a shift")
     value = numerics.exact(weight) * m.scale + (0 if absorber.kind == "factor" else m.shift)
     if value.numel() != weight.numel():
         raise Refused(Reason.NOT_CHEAPER, f"{absorber.name} would have to grow from {tuple(weight.shape)}")
@@ -95,10 +95,8 @@ def _absorb_constant(absorber: Absorber, weight: Tensor, m: AffineMap) -> dict[s
 
 
 def _absorb_gain(
-    absorber: Absorber, weight: Tensor, scale: Tensor, shift: Tensor, m: AffineMap, graph: ModelGraph
+    absorber: Absorber, weight: Tensor, scale: Tensor, shift: Tensor, graph: ModelGraph
 ) -> dict[str, Tensor]:
-    if weight.dim() != 1:
-        raise Refused(Reason.AXIS, f"{absorber.name} normalises over several axes")
     bias = _bias(absorber, graph)
     new_bias = shift if bias is None else scale * bias + shift
     return _with_bias(absorber, numerics.exact(weight) * scale, bias, new_bias, graph)

@@ -26,6 +26,7 @@ from normfuse.norms import Norm
 from normfuse.numerics import exact
 from normfuse.operations import describe
 from normfuse.ranks import ranks
+from normfuse.shown_tensors import materializing
 
 _TRAILING = (nn.LayerNorm, nn.RMSNorm, L1TokenNorm)
 _CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -150,7 +151,8 @@ def _of_function(norm: Norm, node: fx.Node, graph: ModelGraph) -> Gain | None:
     names = [None if part is None else _parameter(part, graph) for part in (scale, shift)]
     for part, found in zip((scale, shift), names, strict=True):
         if part is not None and found is None:
-            raise Refused(Reason.PARAMETRIZED, f"the gain or shift of {norm.name} is computed", "materialize it first")
+            text = f"the gain or shift of {norm.name} is computed at every call"
+            raise Refused(Reason.PARAMETRIZED, text, materializing(part, graph))
     axis = 1 if name in ("group_norm", "instance_norm") else None
     module = next((n.rpartition(".")[0] for n in names if n is not None), "")
     return Gain(module, names[0], names[1], norm, axis, [Call(given["input"], node, node, scale, shift)])

@@ -97,6 +97,8 @@ def _run(node: fx.Node, graph: ModelGraph) -> Tensor:
     if size > _LARGEST:
         raise Refused(Reason.RANK_UNKNOWN, f"{origin.name} is too large to follow", "pass smaller example_inputs")
     positions = torch.arange(size, dtype=torch.float64).reshape(shape)  # float: some of these operations need it
+    if node.meta.get("dtype") != origin.meta.get("dtype"):  # a view of the bits as those of other numbers
+        raise Refused(Reason.OPAQUE_OPERATION, f"{describe(node, graph).label} makes other numbers of the same bits")
     moved = _apply(operation, origin, positions, graph)
     if node.target is pick:
         moved = moved[node.args[1]]

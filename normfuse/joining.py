@@ -18,7 +18,7 @@ from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.graph import ModelGraph
 from normfuse.numerics import exact
-from normfuse.operations import Operation
+from normfuse.operations import Operation, named
 from normfuse.passing import axes_of, known_rank, require
 
 Way = list[tuple[fx.Node, AffineMap]]
@@ -211,7 +211,7 @@ def _fit(m: AffineMap, value: fx.Node, op: Operation, graph: ModelGraph) -> Affi
     lost = m.rank - len(shape)
     for axis in range(m.rank):
         if m.varies(axis) and (axis < lost or shape[axis - lost] == 1):
-            text = f"{op.label} repeats {value.name} along axis {axis}, where the map varies"
+            text = f"{op.label} repeats {named(value, graph)} along axis {axis}, where the map varies"
             raise Refused(Reason.AXIS, text)
     return m.transform(lambda t: t.reshape(t.shape[lost:]))
 

@@ -104,7 +104,7 @@ def require_plain(absorber: Absorber, graph: ModelGraph) -> None:
     owner, _, attribute = absorber.weight.rpartition(".")
     module = graph.module(owner)
     if nn.utils.parametrize.is_parametrized(module) or attribute not in module._parameters:
-        if attribute not in module._buffers:
+        if attribute not in module._buffers and attribute not in vars(module):
             hint = "the materialize pass makes it plain"
             raise Refused(Reason.PARAMETRIZED, f"{absorber.weight} is computed from other tensors", hint)
         require_saved(absorber.weight, graph)

@@ -191,7 +191,7 @@ def _require_eval(name: str, graph: ModelGraph) -> None:
 
 def _function_affine(name: str, node: fx.Node, graph: ModelGraph) -> tuple[Tensor, Tensor]:
     given = arguments_of(node)
-    if given.get("training") or name in graph.training:
+    if given.get("training"):
         raise Refused(Reason.BATCH_STATISTICS, f"{name} is called with training=True", "it needs stored statistics")
     values: dict[str, Tensor | None] = {}
     for key in ("running_mean", "running_var", "weight", "bias"):

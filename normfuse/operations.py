@@ -112,8 +112,9 @@ def _of_layer(node: fx.Node, graph: ModelGraph, inputs: tuple[fx.Node, ...]) -> 
 
 
 def _of_part(node: fx.Node, whole: Operation) -> Operation:
-    """One of several results: a part of a split only moves values, the first of ``max(dim)`` is ``amax(dim)``."""
-    name = "amax" if whole.name == "max" and node.args[1] == 0 else "gather" if whole.name == "gather" else ""
+    """One of several results: a part of a split, which only moves values, or the values of a maximum."""
+    values = {"max": "amax", "max_pool": "max_pool"} if node.args[1] == 0 else {}
+    name = "gather" if whole.name == "gather" else values.get(whole.name, "")
     return Operation(name, whole.inputs, whole.args, whole.label)
 
 

@@ -74,9 +74,8 @@ def _adaptive_average_pool(node: fx.Node, op: Operation, m: AffineMap, graph: Mo
 
 def _max_pool(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwards: bool) -> AffineMap:
     m.require_constant(_window(op, m), f"{op.label} mixes values")
-    if op.args.get("return_indices"):
-        raise Refused(Reason.OPAQUE_OPERATION, f"{op.label} returns indices")
     _require_order(m, op)
+    _require_values_alone(node, op)
     return m
 
 
@@ -128,8 +127,7 @@ def _reduce(node: fx.Node, op: Operation, m: AffineMap, graph: ModelGraph, forwa
         raise Refused(Reason.OPAQUE_OPERATION, f"a shift cannot pass {op.label}")
     if op.name == "amax":
         _require_order(m, op)
-        if node.target is gather.pick and any(part.users for part in node.args[0].users if part is not node):  # type: ignore[union-attr]
-            raise Refused(Reason.OPAQUE_OPERATION, f"the positions of {op.label} are read")
+        _require_values_alone(node, op)
     return m.transform(lambda t: t.squeeze(axes)) if forwards and not keep else m
 
 
@@ -176,9 +174,9 @@ def opaque(operation: Operation) -> Refused:
 
 
 def require(condition: bool, op: Operation) -> None:
-    """Refuse an operation that no rule is about unless the condition holds."""
+    """Refuse a call of an operation that its rule is not about, unless the condition holds."""
     if not condition:
-        raise opaque(op)
+        raise Refused(Reason.OPAQUE_OPERATION, f"no rule lets a map pass {op.label} as it is called here")
 
 
 def axes_of(dim: Any, rank: int) -> tuple[int, ...]:
@@ -208,6 +206,17 @@ def _require_order(m: AffineMap, op: Operation) -> None:
     """
     if not m.keeps_order:
         raise Refused(Reason.SIGN, f"a scale of the map is negative, which {op.label} would turn around")
+
+
+def _require_values_alone(node: fx.Node, op: Operation) -> None:
+    """Refuse a maximum whose positions are read: a scale of zero leaves none.
+
+    Raises:
+        Refused: They are.
+    """
+    siblings = node.all_input_nodes[0].users if node.target is gather.pick else ()
+    if any(part.users for part in siblings if part is not node):
+        raise Refused(Reason.OPAQUE_OPERATION, f"the positions of {op.label} are read")
 
 
 def _window(op: Operation, m: AffineMap) -> tuple[int, ...]:

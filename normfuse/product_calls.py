@@ -17,7 +17,7 @@ from normfuse.base import Reason, Refused
 from normfuse.call_arguments import arguments_of
 from normfuse.graph import ModelGraph, function_name
 from normfuse.operations import describe
-from normfuse.shown_tensors import shown_tensor
+from normfuse.shown_tensors import materializing, shown_tensor
 
 Kind = Literal["conv", "linear", "embedding", "norm", "attention"]
 _CONVOLUTIONS = {f"conv{t}{n}d": t == "_transpose" for t in ("", "_transpose") for n in (1, 2, 3)}
@@ -119,5 +119,5 @@ def _named(node: fx.Node, call: fx.Node, graph: ModelGraph) -> tuple[str, bool]:
     name, flipped = shown_tensor(node, graph)
     if name is None:
         text = f"what {describe(call, graph).label} multiplies by is computed at every call"
-        raise Refused(Reason.PARAMETRIZED, text, "materialize it first")
+        raise Refused(Reason.PARAMETRIZED, text, materializing(node, graph))
     return name, flipped

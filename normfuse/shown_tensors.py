@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from normfuse.computed import makers
 from normfuse.graph import ModelGraph, function_name
 
 _UNCHANGED = ("data", "detach", "alias", "contiguous", "clone", "lift_fresh")
@@ -21,6 +22,17 @@ def shown_tensor(node: fx.Node, graph: ModelGraph) -> tuple[str | None, bool]:
             return None, False
         flipped, node = flipped != (name in _TRANSPOSES), source
     return str(node.target), flipped
+
+
+def materializing(node: fx.Node, graph: ModelGraph) -> str:
+    """Return what helps where a constant is computed: a parametrization can be made plain, other code cannot."""
+    names = [str(origin.target) for origin in _origins(node)]
+    made = any(".parametrizations." in f".{name}" or makers(graph.module(name.rpartition(".")[0])) for name in names)
+    return "materialize it first" if made else ""
+
+
+def _origins(node: fx.Node) -> list[fx.Node]:
+    return [node] if node.op == "get_attr" else [origin for n in node.all_input_nodes for origin in _origins(n)]
 
 
 def _transposes(node: fx.Node, name: str, graph: ModelGraph) -> bool:
