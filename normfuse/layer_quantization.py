@@ -111,10 +111,10 @@ def require_quantizable(name: str, graph: ModelGraph) -> Layer:
     if not _computes_what_it_says(module, base):
         text = f"{name} is a {type(module).__name__}, which computes something else than {base.__name__}"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)
-    require_replaceable(name, graph)
     if nn.utils.parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
         hint = "the pass materialize makes it plain"
         raise Refused(Reason.PARAMETRIZED, f"{name}.weight is computed from other tensors", hint)
+    require_replaceable(name, graph)
     _require_numbers(name, module)
     _require_read_by_its_layer(name, module, graph)
     return module

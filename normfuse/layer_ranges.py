@@ -9,7 +9,7 @@ Both are of a layer by itself: what it reads is what it reads in the model in fl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +63,8 @@ class LayerStatistics:
         groups: Its number of groups.
         errors: Of the chosen one.
         square: Of the output in floating point, summed over the data.
+        called: How often it was called on the data.
+        items: How many items the data has.
     """
 
     ranges: Tensor | None = None
@@ -72,6 +74,8 @@ class LayerStatistics:
     groups: int = 0
     errors: OutputErrors = field(default_factory=OutputErrors)
     square: float = 0.0
+    called: int = 0
+    items: int = 0
 
     def error(self, scheme: Scheme) -> float:
         """Return the error of the chosen form, relative to the output in floating point."""
@@ -141,11 +145,18 @@ def statistics_of(
             found[name].candidates = _candidates(layer, found[name], scheme)
     able = {layer: found[name] for name, layer in layers.items() if found[name].candidates}
     listeners = {layer: _error_listener(layer, seen, scheme) for layer, seen in able.items()}
-    listen(model, listeners, track(batches, "errors"))
+    listen(model, listeners, _counted(track(batches, "errors"), found.values()))
     for seen in found.values():
         if scheme.correct_bias and seen.chosen is not None and seen.chosen.bias is not None:
             seen.chosen.bias.data += seen.errors.mean().to(seen.chosen.bias)
     return found
+
+
+def _counted(batches: Iterable[Batch], found: Iterable[LayerStatistics]) -> Iterator[Batch]:
+    for batch in batches:
+        for seen in found:
+            seen.items += 1
+        yield batch
 
 
 def channel_axis(layer: nn.Module, x: Tensor) -> int:
@@ -194,6 +205,7 @@ def _error_listener(layer: nn.Module, seen: LayerStatistics, scheme: Scheme) -> 
         if y.numel() == 0:
             return
         axis = channel_axis(layer, y)
+        seen.called += 1
         if seen.chosen is None:
             costs = {groups: _cost(form, x, y, axis, scheme) for groups, form in seen.candidates.items()}
             seen.groups = min(costs, key=lambda groups: costs[groups])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from normfuse import api
+from normfuse import api, surgery
 from normfuse.calibration import Batch, Batches, Calibration, PaddingMask
 from normfuse.capture import unwrap
 from normfuse.graph import Inputs
@@ -24,6 +24,7 @@ from normfuse.quantization import Precision
 from normfuse.quantization.calibrated import CalibratedLayer
 from normfuse.quantization.quantizing_layer import QuantizingLayer
 from normfuse.structure import restored_on_error
+from normfuse.whole_model_error import require_in_proportion
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,6 +46,7 @@ def quantize(
     inplace: bool = False,
     example_inputs: Inputs | None = None,
     padding_mask: PaddingMask | None = None,
+    verify: bool = True,
     progress: bool = True,
 ) -> M:
     """Return the model with the products of its Conv1d, Conv2d and Linear layers in integers.
@@ -79,6 +81,9 @@ def quantize(
         inplace: Edit ``model`` itself.
         example_inputs: What to read the model with, to train; the first item of the data otherwise.
         padding_mask: As for :func:`normfuse.swap_norms`: padding widens no range.
+        verify: Whether to run the calibrated model and its source on the data and compare their outputs
+            (:mod:`normfuse.whole_model_error`). It costs one more pass of each over the data, of three and two in all,
+            and with ``inplace`` a second copy of the weights meanwhile.
         progress: Show a bar, if standard error is a terminal.
 
     Returns:
@@ -87,6 +92,8 @@ def quantize(
     Raises:
         ValueError: An argument is out of its range or of the other mode, or the data is empty.
         CaptureError: The model does not run on the inputs.
+        VerificationError: The error of an output is out of proportion to those of the layers; with ``inplace`` the
+            model is as it was.
 
     Example:
         >>> quantized = normfuse.quantize(model, calibration=loader, keep_last=True)  # doctest: +SKIP
@@ -95,8 +102,10 @@ def quantize(
     settings: dict[str, Any] = {"bits": bits, "groups": groups, "grad_bits": grad_bits, "range": range}
     ends = {"keep_first": keep_first, "keep_last": keep_last}
     one = quantizing_pass(method, calibration, progress=progress, padding_mask=padding_mask, **settings, **ends)
-    selection = {"include": include, "exclude": exclude}
-    return run_quantize(model, one, fold=fold, inplace=inplace, example_inputs=example_inputs, **selection).model
+    selection: dict[str, Any] = {"include": include, "exclude": exclude}
+    return run_quantize(
+        model, one, fold=fold, inplace=inplace, example_inputs=example_inputs, verify=verify, **selection
+    ).model
 
 
 def quantizing_pass(
@@ -140,12 +149,17 @@ def run_quantize(
     example_inputs: Inputs | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    verify: bool = True,
 ) -> Result[M]:
-    """Run a quantizing pass on a model, behind the exact ones where it is calibrated; its report is returned."""
+    """Run a quantizing pass on a model, behind the exact ones where it is calibrated; its report is returned.
+
+    Arguments and errors are those of :func:`quantize`.
+    """
     source = unwrap(model)
-    selection = {"include": include, "exclude": exclude}
+    selection: dict[str, Any] = {"include": include, "exclude": exclude}
     if not isinstance(one, Quantize):
         return api.apply(source, [one], example_inputs=example_inputs, inplace=inplace, **selection)  # type: ignore[return-value]
+    reference = surgery.copy(source) if inplace and verify else source
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = Batches(one.calibration, source, one.padding_mask).first()
@@ -156,4 +170,8 @@ def run_quantize(
         if fold and not is_folded(source):
             source = api.fold(source, example_inputs=first, inplace=inplace)
             inplace = True
-        return api.apply(source, [one], example_inputs=first, inplace=inplace, **selection)  # type: ignore[return-value]
+        result: Result[Any] = api.apply(source, [one], example_inputs=first, inplace=inplace, **selection)
+        if verify:
+            batches = one.track(Batches(one.calibration, reference, one.padding_mask), "comparing")
+            require_in_proportion(reference, result.model, one.layers.values(), batches)
+        return result

@@ -40,6 +40,7 @@ class QuantizedLayer:
         range_ratio: Largest over smallest range of its input channels.
         groups: How many scales the input channels share.
         bits: Of weights and inputs.
+        calls: How often it is called for an item of the data, on average.
     """
 
     name: str
@@ -47,6 +48,7 @@ class QuantizedLayer:
     range_ratio: float
     groups: int
     bits: int
+    calls: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.name}  error {self.error:.2%}  range ratio {self.range_ratio:.3g}  groups {self.groups}"
@@ -107,7 +109,8 @@ class Quantize(LayerQuantization):
             raise seen.refused
         assert seen.chosen is not None
         groups = seen.chosen.input_groups
-        self.layers[name] = QuantizedLayer(name, seen.error(self.scheme), seen.range_ratio, groups, self.scheme.bits)
+        figures = (seen.error(self.scheme), seen.range_ratio, groups, self.scheme.bits)
+        self.layers[name] = QuantizedLayer(name, *figures, calls=seen.called / max(1, seen.items))
         kind = next(KINDS[cls] for cls in type(layer).__mro__ if cls in KINDS)
         spec = {
             "class": f"{kind.__module__}.{kind.__name__}",

@@ -32,6 +32,7 @@ LEVELS = (
     ("passes",),
     ("comparison", "activations", "ranges", "rerun", "divergence", "verify", "made_up_inputs"),
     ("proof", "settlement", "pipeline"),
+    ("whole_model_error",),
     ("formats", "architectures", "exported_program", "file_limits", "pickles", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),
     ("api", "kernels", "parameters", "quantizing", "recalibrating", "reconstruction", "swapping", "tuning"),

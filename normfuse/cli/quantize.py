@@ -93,11 +93,11 @@ def command(
     loaded = source.load(request)
     if calib is None:
         example = source.example_for(loaded, request, out).inputs
-        result, data = _run(loaded.model, None, example, out, options), [example]
+        result, data = _run(loaded.model, None, example, out, check, options), [example]
     else:
         data = calibration_data.read(calib, loaded.model, batch_size=batch_size, limit=max_samples)
         example = calibrated.describe(loaded, data, calib, request, out)
-        result = _run(loaded.model, data, example, out, options)
+        result = _run(loaded.model, data, example, out, check, options)
     calibrated.compare(loaded.model, result.model, data, check, "quantized", out)
     calibrated.write(result.model, loaded, data[0], target, request, "quantized", out)
     file = str(target)
@@ -118,14 +118,14 @@ def _require_one_mode(calib: Path | None, for_training: bool, options: dict[str,
 
 
 def _run(
-    model: nn.Module, data: list[Inputs] | None, example: Inputs, out: Output, options: dict[str, Any]
+    model: nn.Module, data: list[Inputs] | None, example: Inputs, out: Output, check: Check, options: dict[str, Any]
 ) -> Result[Any]:
     from normfuse.quantizing import quantizing_pass, run_quantize
 
     settings = {name: options[name] for name in ("bits", "groups", "grad_bits", "keep_first", "keep_last")}
     kind = "max" if options["percentile"] is None else options["percentile"]
     one = quantizing_pass(options["method"], data, range=kind, progress=not out.quiet, **settings)
-    chosen = {"include": options["include"], "exclude": options["exclude"]}
+    chosen = {"include": options["include"], "exclude": options["exclude"], "verify": not check.no_verify}
     result = run_quantize(model, one, fold=not options["no_fold"], example_inputs=example, **chosen)
     _show(result, getattr(one, "layers", {}), out)
     _require(result, out, options)
