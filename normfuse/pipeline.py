@@ -9,7 +9,7 @@ import contextlib
 import fnmatch
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -24,8 +24,9 @@ from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, module_names
 from normfuse.layers import change_of_class
 from normfuse.manifest import make_manifest
+from normfuse.outcomes import Outcomes
 from normfuse.proof import Proof
-from normfuse.report import Outcome, Report, Status
+from normfuse.report import Report
 from normfuse.settlement import Passes, verified
 from normfuse.structure import Structure, restored_on_error
 
@@ -66,16 +67,19 @@ class Selection:
 
 @dataclass(slots=True)
 class _Run:
-    """The state of one run."""
+    """The state of one run.
+
+    Attributes:
+        selection: What the user chose.
+        original: The names that modules had before any pass, by ``id``.
+        outcomes: What became of the layers so far.
+        proof: What the result is to be compared with; None where it is not.
+    """
 
     selection: Selection
     original: dict[int, str]
-    ran: tuple[str, ...] = ()
-    outcomes: dict[tuple[str, bool], Outcome] = field(default_factory=dict)
-    unread: dict[str, Refusal] = field(default_factory=dict)
-    """Why a pass, by its name, could not look at the model at all."""
-    proof: Proof | None = None
-    guarded: dict[str, str] = field(default_factory=dict)
+    outcomes: Outcomes
+    proof: Proof | None
 
 
 @exclusive
@@ -137,7 +141,7 @@ def _edit(
     change_of_class.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(work.state_dict())
     original = {key: names[0] for key, names in module_names(work).items()}
-    state = _Run(selection, original, tuple(one.name for one in passes), proof=proof)
+    state = _Run(selection, original, Outcomes(tuple(one.name for one in passes)), proof)
     graph = capture(work, example_inputs)
     if proof is not None:
         proof.returned.extend(graph.returned or ())
@@ -147,9 +151,9 @@ def _edit(
             again = capture(work, example_inputs)
             graph = replace(again, edits=graph.edits, ties=graph.ties, changed_scopes=graph.changed_scopes)
     notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, source))
-    state.guarded = _guard(unreached, first, graph)
+    state.outcomes.guarded = _guard(unreached, first, graph)
     _tie_calls(graph)
-    report = _report(inventory, passes, state, notes, first)
+    report = state.outcomes.report(inventory, notes, first)
     if all(one.reversible for one in passes):
         return report
     for name, module in work.named_modules():
@@ -230,7 +234,7 @@ def _sweep(one: Pass, graph: ModelGraph, state: _Run, done: set[str]) -> bool:
             _apply(one, answer, graph, state)
             done.add(name)
             structural |= any(edit.get("module") != surgery.IDENTITY for edit in graph.edits[edits:])
-        _note(one, match, answer, name, state)
+        state.outcomes.note(one, match, answer, name)
     return structural
 
 
@@ -239,7 +243,7 @@ def _detect(one: Pass, graph: ModelGraph, state: _Run) -> list[Match]:
     try:
         return list(one.detect(graph))
     except Refused as refused:
-        state.unread.setdefault(one.name, refused.refusal)
+        state.outcomes.unread.setdefault(one.name, refused.refusal)
         return []
 
 
@@ -267,58 +271,3 @@ def _original_name(match: Match, graph: ModelGraph, state: _Run) -> str:
         return state.original.get(id(graph.module(match.subject)), match.subject)
     except AttributeError:
         return match.subject
-
-
-def _note(one: Pass, match: Match, answer: Match | Refusal, name: str, state: _Run) -> None:
-    done = isinstance(answer, Match)
-    before = state.outcomes.get((name, match.norm))
-    if before is not None and before.status is Status.APPLIED and (not done or before.pass_name == one.name):
-        return
-    if before is not None and not done:
-        return
-    refusal = answer.kept if isinstance(answer, Match) else answer
-    partners = answer.partners if isinstance(answer, Match) else match.partners
-    status = Status.APPLIED if done else Status.REFUSED
-    state.outcomes[name, match.norm] = Outcome(
-        one.name, status, name, match.layer, match.norm, partners, refusal, isinstance(answer, Match) and answer.remains
-    )
-    for norm, layer in answer.absorbed if isinstance(answer, Match) else ():
-        state.outcomes[norm, True] = Outcome(one.name, status, norm, layer, True, (name,))
-
-
-def _report(
-    inventory: list[norms.Norm], passes: Sequence[Pass], state: _Run, notes: tuple[str, ...], graph: ModelGraph
-) -> Report:
-    """Return every norm once, in order of execution, and after them what else was rewritten."""
-    about_norms = [_about(norm, state, graph) for norm in inventory]
-    known = {norm.name for norm in inventory}
-    others = [o for (name, is_norm), o in state.outcomes.items() if not is_norm or name not in known]
-    others += [_unrun(name, layer, is_norm=False) for name, layer in state.guarded.items() if name not in known]
-    return Report((*about_norms, *others), tuple(dict.fromkeys(one.name for one in passes)), notes)
-
-
-def _about(norm: norms.Norm, state: _Run, graph: ModelGraph) -> Outcome:
-    """Return the outcome of a norm; where all of it stays in any case, that its gain does is not the reason."""
-    outcome = state.outcomes.get((norm.name, True))
-    if outcome is None:
-        return _unrun(norm.name, norm.layer) if norm.name in state.guarded else _left(norm, graph, state)
-    if outcome.status is Status.REFUSED and families.stays(norm, graph) and norm.nodes:
-        return replace(outcome, refusal=families.explain(norm, graph, state.ran))
-    return outcome
-
-
-def _unrun(name: str, layer: str, *, is_norm: bool = True) -> Outcome:
-    """Return the outcome of a layer that raises, should it run."""
-    text = f"{name} may be given values that the fold changed, and raises DeployedModelError if it runs"
-    refusal = Refusal(Reason.NOT_REACHED, text, "pass an example that runs it as well")
-    return Outcome("", Status.NOT_REACHED, name, layer, is_norm, refusal=refusal)
-
-
-def _left(norm: norms.Norm, graph: ModelGraph, state: _Run) -> Outcome:
-    """Return the outcome of a norm that no pass looked at."""
-    if not norm.nodes:
-        unseen = Refusal(Reason.PARTIAL_CAPTURE, "what calls it could not be traced", "pass example_inputs")
-        return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if graph.partial else None)
-    for name, refusal in state.unread.items():
-        return Outcome(name, Status.REFUSED, norm.name, norm.layer, refusal=refusal)
-    return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=families.explain(norm, graph, state.ran))

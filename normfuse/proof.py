@@ -1,16 +1,14 @@
 """Does the result of exact passes compute what its source computed? Both are run before the result is returned.
 
-Let ``s`` be an output of the source, ``t`` that of the result, and ``p`` that of the source when every *vector* it
-stores (gains, shifts, statistics, biases: tensors with one axis) is moved by one unit in the last place, up or down.
-That is rounding as it happens, at every layer that a fold touches, and it passes through the rest of the network as
-any rounding does; so ``n = max|p - s|`` measures how far rounding takes the output of this network on this input,
-however much it amplifies, without a second copy of its weights. The result passes when, for every output,
+Let ``s`` be an output of the source, ``t`` that of the result, and ``n`` how far rounding takes this output of this
+network on this input, as :mod:`normfuse.rounding` measures it by one more run of the source. The result passes when,
+for every output,
 
     max|t - s| <= min(K n + eps^(3/4) max|s|, eps^(1/2) max|s|)        K = 10
 
 The second term, three quarters of the digits of the type, covers an ``n`` that is small by chance; and where rounding
-leaves less than half of the digits, it would cover defects as well. ``eps`` is that of the products as they are
-computed, which may be of fewer digits than the model's type (TF32, autocast). So a result is the same to
+leaves less than half of the digits, it would cover defects as well. ``eps`` is that of the digits which are really
+kept. So a result is the same to
 
     float64  1.8e-12 to 1.5e-8,   float32  6.4e-6 to 3.5e-4,   float16  0.5 to 3 %,   bfloat16  3 to 9 %
 
@@ -22,27 +20,23 @@ the inequality fails the question is settled at the cost of two copies in float6
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from normfuse import rerun
-from normfuse.calibration import module_path
-from normfuse.capture.modes import in_mode, unchanged
 from normfuse.comparison import FLOOR, Comparison, K, OutputError, summarize
 from normfuse.errors import DeployedModelError
 from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.made_up_inputs import made_up_inputs
-from normfuse.outputs import arguments, copied, describe, leaves, map_tensors
+from normfuse.outputs import describe, map_tensors
 from normfuse.report import Verification
+from normfuse.rounding import Leaves, moved_run, run, working_eps
 
 SIZES = (64, 224, 32, 28, 128, 256)  # of pictures that are made up: the smallest that most networks take comes first
-Leaves = Mapping[str, Any]
 
 
 @dataclass
@@ -79,11 +73,12 @@ class Proof:
         while len(self.returned) < len(self.samples):
             self.returned.append(run(model, self.samples[len(self.returned)]))
         self.dtype = rerun.main_dtype(model) or torch.float32
-        self.eps = max(_working_eps(model, self.dtype), *(torch.finfo(t.dtype).eps for t in self._floats()), 0.0)
+        self.eps = max(working_eps(model, self.dtype), *(torch.finfo(t.dtype).eps for t in self._floats()), 0.0)
         self.reason = self.reason or self._unusable()
         if not self.reason:
             self.shown = "; ".join(describe(model, sample) for sample in self.samples)
-            self.moved = [_moved_run(model, sample, self.eps) for sample in self.samples]
+            found = [moved_run(model, sample, self.eps) for sample in self.samples]
+            self.moved, self.eps = [moved for moved, _ in found], max(eps for _, eps in found)
 
     def _make_up(self, model: nn.Module) -> None:
         self.reason = "no example_inputs were given, and the model runs on none that could be made up"
@@ -170,57 +165,6 @@ class Proof:
     def unverified(self, reason: str) -> Verification:
         """Return what the report says of a result that could not be judged."""
         return Verification(False, self.shown, self.origin, reason=reason)
-
-
-@torch.no_grad()
-def run(model: nn.Module, inputs: Inputs, tensors: Mapping[str, Tensor] | None = None) -> Leaves:
-    """Return what a model returns in eval mode, by name; it, its inputs and the generators stay as they were.
-
-    Args:
-        model: Any module.
-        inputs: What it takes.
-        tensors: Parameters and buffers that take the place of its own for this run.
-    """
-    args, kwargs = arguments(copied(inputs))
-    with in_mode(model, training=False), module_path(), unchanged(model):
-        return leaves(functional_call(model, dict(tensors), args, kwargs) if tensors else model(*args, **kwargs))
-
-
-def _moved_run(model: nn.Module, inputs: Inputs, eps: float) -> Leaves:
-    """Return what the source returns with its vectors moved; nothing where that is not possible."""
-    try:
-        return run(model, inputs, _moved(model, eps))
-    except Exception:  # a compiled or scripted module does not let its tensors be exchanged
-        return {}
-
-
-def _moved(model: nn.Module, eps: float) -> dict[str, Tensor]:
-    """Return every vector of a model, each element one ``eps`` of itself larger or smaller."""
-    generator = torch.Generator().manual_seed(0)
-    moved = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.dim() and tensor.numel() == max(tensor.shape):
-            sign = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1).to(tensor.device)
-            step = max(eps, torch.finfo(tensor.dtype).eps) * sign
-            moved[name] = (tensor.detach() + tensor.detach() * step).to(tensor.dtype)
-    return moved
-
-
-def _working_eps(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return the relative error of products where the model is: those of float32 may be computed with fewer digits."""
-    eps = torch.finfo(dtype).eps
-    tensor = next(iter((*model.parameters(), *model.buffers())), None)
-    if dtype is not torch.float32 or tensor is None:
-        return eps
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(shape, generator=generator) for shape in ((1, 32, 8, 8), (32, 32, 3, 3)))
-    pairs = [(F.conv2d, (x, w)), (F.linear, (x.flatten(2).squeeze(0), torch.randn(32, 64, generator=generator)))]
-    errors = []
-    for function, operands in pairs:
-        exact = function(*(t.double() for t in operands))
-        found = function(*(t.to(tensor.device) for t in operands)).double().cpu()
-        errors.append(float((found - exact).abs().max() / exact.abs().max()))
-    return max(errors) if max(errors) > 64 * eps else eps
 
 
 def _next(candidates: Any) -> Any:

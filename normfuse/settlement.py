@@ -23,8 +23,9 @@ from normfuse.comparison import Comparison, OutputError
 from normfuse.divergence import first_divergence
 from normfuse.errors import DeployedModelError, NormfuseError, VerificationError
 from normfuse.examples import Examples, Inputs
-from normfuse.proof import Proof, run
+from normfuse.proof import Proof
 from normfuse.report import Report, Verification
+from normfuse.rounding import run
 
 LARGEST = 2**30  # bytes of a model in float64, up to which it is folded again there
 _LUCK = 10.0  # how much smaller than usual the measured rounding may be where few numbers are returned

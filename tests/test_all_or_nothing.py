@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import normfuse
-from normfuse import computed, deploy, families, pipeline, surgery
+from normfuse import computed, deploy, families, pipeline, proof, surgery
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.errors import PassContractError
 from normfuse.passes import PASSES, tune_mode
@@ -117,6 +117,8 @@ STEPS: dict[str, tuple[Any, str]] = {
     "notes": (families, "notes"),
     "manifest": (pipeline, "make_manifest"),
     "guard": (deploy, "guard"),
+    "look at the source": (proof.Proof, "observe"),
+    "verify": (pipeline, "verified"),
 }
 QUESTIONS = ("detect", "check", "apply")
 

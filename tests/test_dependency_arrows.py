@@ -31,7 +31,7 @@ LEVELS = (
     ("layer_quantization", "layer_ranges"),
     ("passes",),
     ("comparison", "activations", "ranges", "rerun", "divergence", "verify", "made_up_inputs"),
-    ("proof", "settlement", "pipeline"),
+    ("rounding", "proof", "settlement", "outcomes", "pipeline"),
     ("whole_model_error",),
     ("formats", "architectures", "exported_program", "file_limits", "pickles", "state_dicts", "unpickle"),
     ("saving", "rebuild", "serialize", "lowering"),

@@ -436,3 +436,26 @@ def test_every_example_is_run(monkeypatch: pytest.MonkeyPatch):
     assert verification(Domains(), X).verified
     with pytest.raises(VerificationError, match=r"^fold-bn changed .*first at branches\.1\.1\.1"):
         normfuse.fold(Domains(), example_inputs=examples)
+
+
+class Narrow(nn.Module):
+    """A norm that computes in a narrower type than it is given, as those of transformers do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body, self.dtype = deep(2), dtype
+        self.norm, self.last = nn.LayerNorm(7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        rounded = (y / y.norm(dim=-1, keepdim=True)).to(self.dtype).to(y.dtype)
+        return self.last(self.norm(rounded))
+
+
+@pytest.mark.parametrize(("dtype", "narrow"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_digits_that_a_forward_drops_are_no_fault(dtype: torch.dtype, narrow: torch.dtype):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = verification(randomize_norms(Narrow(narrow).to(dtype)), X.to(dtype))
+        assert found.verified
+        assert found.allowed >= torch.finfo(narrow).eps ** 0.75
