@@ -34,15 +34,15 @@ def require(state: Mapping[str, Any], expected: Any, path: object) -> None:
 
     Args:
         state: The tensors of the file.
-        expected: Their digests, as the manifest holds them; nothing is asked of tensors without one.
+        expected: Their digests, as the manifest holds them.
         path: The file, for the error.
 
     Raises:
-        LoadError: One differs.
+        LoadError: One differs, or has none.
     """
     known = expected if isinstance(expected, Mapping) else {}
     for name, value in state.items():
-        if _is_dense(value) and name in known and of(value) != known[name]:
+        if _is_dense(value) and of(value) != known.get(name):
             raise LoadError(f"{path}: {name} is not what was saved: the file is damaged; copy or download it again")
 
 

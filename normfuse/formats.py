@@ -27,6 +27,7 @@ import os
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -117,7 +118,7 @@ def _sniff_zip(file: IO[bytes]) -> Format:
         with zipfile.ZipFile(file) as archive:
             first = min((entry.header_offset for entry in archive.infolist()), default=0)
             return _sniff_archive(archive) if first == 0 else Format.TRUNCATED  # else: a zip inside a cut-off zip
-    except (zipfile.BadZipFile, EOFError, ValueError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError):
         return Format.TRUNCATED
 
 

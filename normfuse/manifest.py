@@ -11,7 +11,8 @@ import normfuse
 from normfuse import deploy
 from normfuse.report import Report
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: of version 0.1.0, without digests. 2: with a digest of each tensor, in files."""
 
 
 def make_manifest(model: nn.Module, before: list[str], edits: list[dict[str, Any]], report: Report) -> dict[str, Any]:

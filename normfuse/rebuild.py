@@ -79,12 +79,23 @@ def parse_manifest(text: str | None, path: Path) -> Manifest | None:
         return None
     try:
         manifest = json.loads(text)
-        version, _, _ = manifest["schema_version"], list(manifest["edits"]), list(manifest["keys"]["after"])
+        version, keys = manifest["schema_version"], manifest["keys"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"{path}: the manifest in it is damaged ({type(error).__name__}: {error})") from error
-    if version != SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise LoadError(f"{path}: written by another normfuse (manifest version {version}); update normfuse")
+    texts = [key for which in ("before", "after") for key in _list_in(keys, which, path)]
+    edits = _list_in(manifest, "edits", path)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(edit, Mapping) for edit in edits):
+        raise LoadError(f"{path}: the manifest in it is damaged (its keys or edits are of another form)")
     return manifest
+
+
+def _list_in(table: Any, key: str, path: Path) -> list[Any]:
+    found = table.get(key) if isinstance(table, Mapping) else None
+    if not isinstance(found, list):
+        raise LoadError(f"{path}: the manifest in it is damaged (no list of {key})")
+    return found
 
 
 def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> LoadedModel:
@@ -107,7 +118,8 @@ def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> Lo
         load_strictly(model, strip_prefixes(state, model.state_dict().keys(), request.notes), request.path)
         return request.done(model)
     _require_keys(state, manifest, request.path)
-    digests.require(state, manifest.get("digests"), request.path)
+    if manifest["schema_version"] > 1:
+        digests.require(state, manifest.get("digests"), request.path)
     if pickled is not None and request.model is None and request.arch is None:
         model = _from_skeleton(pickled, state, request)
     else:

@@ -60,10 +60,14 @@ def test_a_damaged_weight_is_an_error(suffix: str, tmp_path: Path):
         normfuse.load(path, model=unfolded())
 
 
-def test_files_without_digests_load(tmp_path: Path):
+def test_only_files_of_the_first_version_have_no_digests(tmp_path: Path):
     normfuse.save(folded(), tmp_path / "m.pt", arch=ARCH)
     entries = torch.load(tmp_path / "m.pt", weights_only=True)
     manifest = json.loads(entries[FOLDED_KEY])
     del manifest["digests"]
+    torch.save({**entries, FOLDED_KEY: json.dumps(manifest)}, tmp_path / "m.pt")
+    with pytest.raises(LoadError, match="not what was saved"):
+        normfuse.load(tmp_path / "m.pt", model=unfolded())
+    manifest["schema_version"] = 1
     torch.save({**entries, FOLDED_KEY: json.dumps(manifest)}, tmp_path / "m.pt")
     assert normfuse.load(tmp_path / "m.pt", model=unfolded()) is not None

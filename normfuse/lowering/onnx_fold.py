@@ -50,10 +50,17 @@ class OnnxFoldResult:
     report: Report
 
     def to_proto(self) -> onnx.ModelProto:
-        """Return the model as one ``ModelProto`` that holds all of its weights (less than 2 GiB)."""
+        """Return the model as one ``ModelProto`` that holds all of its weights (less than 2 GiB).
+
+        Raises:
+            LoweringError: Something in the model cannot be written.
+        """
         model = self.model.clone()
-        ir.external_data.load_to_model(model)
-        return ir.to_proto(model)
+        try:
+            ir.external_data.load_to_model(model)
+            return ir.to_proto(model)
+        except Exception as error:  # of the serializer, which wraps what it met
+            raise LoweringError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
 
 
 def fold_onnx(source: Source, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> OnnxFoldResult:
@@ -109,20 +116,51 @@ def write(model: onnx.ModelProto | ir.Model, path: str | os.PathLike[str]) -> Pa
     loaded = model if isinstance(model, ir.Model) else ir.from_proto(model)
     data = f"{path.name}.data" if _wants_data_file(loaded) else None
     with staged(path, LoweringError) as target:
-        ir.save(loaded, target, external_data=data)
+        try:
+            ir.save(loaded, target, external_data=data)
+        except OSError:
+            raise
+        except Exception as error:  # of the serializer, which wraps what it met
+            raise LoweringError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
     return path
 
 
 def _load(source: Source) -> ir.Model:
-    if isinstance(source, ir.Model):
-        return source.clone()
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the model"
     try:
-        return ir.from_proto(source) if isinstance(source, onnx.ModelProto) else ir.load(source)
+        if isinstance(source, ir.Model):
+            return source.clone()
+        loaded = ir.from_proto(source) if isinstance(source, onnx.ModelProto) else ir.load(source)
+        loaded.clone()  # which follows every name in it
     except FileNotFoundError as error:
         raise LoadError(f"no such file: {source}") from error
     except Exception as error:  # protobuf, the deserializer and onnx each raise their own kinds
-        name = "the model" if isinstance(source, onnx.ModelProto) else os.fspath(source)
-        raise LoadError(f"{name} is not a readable ONNX model: {error}") from error
+        raise LoadError(f"{name} is not a readable ONNX model: {_first_line(error)}") from error
+    _require_weights(loaded, name)
+    return loaded
+
+
+def _require_weights(model: ir.Model, name: str) -> None:
+    """Refuse weights that are not there, or of another size than their shape; external ones are looked at, not read.
+
+    Raises:
+        LoadError: There is one.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            try:
+                if tensor is not None:
+                    tensor.numpy()
+            except FileNotFoundError as error:
+                raise LoadError(f"{name}: weights outside the ONNX file cannot be read: {error}") from error
+            except Exception as error:  # sizes, offsets, types and paths, each with an error of its own
+                text = f"{name}: the weight {value.name} is damaged, here or in the file that holds it"
+                raise LoadError(f"{text} ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
 
 
 def _check(model: ir.Model) -> str:

@@ -4,7 +4,7 @@
   called, so no constructor runs.
 - A module has in ``_modules`` modules, in ``_parameters`` and ``_buffers`` tensors, under names that are plain words;
   no hooks but those that torch itself puts on; its other attributes are data, modules, classes and functions of the
-  lists, under names that are identifiers, none with two underscores on both sides, none of code that hides a method.
+  lists, under names that are identifiers, none with two underscores on both sides, none that hides a method.
 - A partial is of a listed function or class.
 
 What passes is data and layers: to run the model runs the code of its classes, on values of the file's choice.
@@ -112,6 +112,9 @@ class Checker:
         return state.values()
 
     def _module(self, value: Inert, state: dict[str, Any]) -> None:
+        lacking = {"training", "_modules", *_TENSOR_TABLES} - state.keys()
+        if lacking or not isinstance(state["training"], bool):
+            raise LoadError(f"a {value.path} lacks its {', '.join(sorted(lacking)) or 'training mode'}")
         for name, child in _entries(state.get("_modules"), value, "_modules"):
             if child is not None and self._kind_of_instance(child) is not Kind.MODULE:
                 raise LoadError(f"a {value.path} has {name!r} among its modules, which is not a module")
@@ -122,7 +125,10 @@ class Checker:
         self._hooks(value, state)
         cls = self.allowed.find(value.path)
         for name, item in state.items():
-            if callable(getattr(cls, name, None)) and self._is_code(item) and (name, path_of(item)) not in _OURS:
+            hides = callable(getattr(cls, name, None)) and (
+                self._is_code(item) or callable(getattr(nn.Module, name, None))
+            )
+            if hides and (name, path_of(item)) not in _OURS:
                 raise LoadError(f"a {value.path} has its own {name} replaced by what the file names")
 
     def _hooks(self, value: Inert, state: dict[str, Any]) -> None:
