@@ -57,7 +57,7 @@ def require_plain_names(model: nn.Module, what: str, error: type[NormfuseError] 
     """
     for module in model.modules():
         for table in (module._modules, module._parameters, module._buffers):
-            for name in table:
+            for name in table.keys():  # noqa: SIM118 - those of TorchScript are no dictionaries
                 if not (isinstance(name, str) and "." not in name and is_word(name)):
                     require_plain("" if name == "" else name, f"a part of {what}", error)
                     raise error(f"a part of {what} is called {shown(str(name))!r}, which is no name of a part")
