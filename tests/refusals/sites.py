@@ -35,6 +35,11 @@ class Site:
 def sites() -> list[Site]:
     """Return every place of the covered modules that makes a refusal."""
     files = [ROOT / "normfuse" / f"{name}.py" for name in COVERED] + [ROOT / "passes" / f"{name}.py" for name in PASSES]
+    return sites_in(files)
+
+
+def sites_in(files: list[Path]) -> list[Site]:
+    """Return every place of these files that makes a refusal."""
     return [site for file in files for site in _sites_of(file.resolve())]
 
 

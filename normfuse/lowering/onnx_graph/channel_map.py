@@ -79,15 +79,16 @@ def reshaped(m: ChannelMap, source: tuple[Dim, ...], target: tuple[Dim, ...], wh
         return m
     if m.is_constant and target and isinstance(target[-1], int):
         return m.spread(len(target) - 1, target[-1])
+    moved = f"{where} reshapes {source} to {target}"
     source, target = _without_common_tail(source, target, m.axis)
     stride = _product(source[m.axis + 1 :])
     if stride is None:
-        raise Refused(Reason.RANK_UNKNOWN, f"{where} reshapes {source}, of unknown size", "fix the input shapes")
+        raise Refused(Reason.RANK_UNKNOWN, f"{moved}, of unknown size", "fix the input shapes")
     for axis, size in enumerate(target):
         step = _product(target[axis + 1 :])
         if isinstance(size, int) and step and stride % step == 0 and (size * step) % (m.size * stride) == 0:
             return m.take(np.arange(size) // (stride // step) % m.size, axis)
-    raise Refused(Reason.AXIS, f"{where} reshapes {source} to {target}, which mixes channels")
+    raise Refused(Reason.AXIS, f"{moved}, which mixes channels")
 
 
 def _same(source: tuple[Dim, ...], target: tuple[Dim, ...]) -> bool:

@@ -28,8 +28,9 @@ def channel_map(node: ir.Node, opset: int) -> ChannelMap:
     require_inference(node, opset)
     _require_stored_statistics(node)
     gain, bias, mean = (exact(node, index) for index in (1, 2, 3))
-    scale = gain / deviation(node)
-    shift = bias - scale * mean
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = gain / deviation(node)
+        shift = bias - scale * mean
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         raise Refused(Reason.NONFINITE, f"{label(node)} has non-finite parameters or statistics")
     return ChannelMap(scale, shift, 1)
