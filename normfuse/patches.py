@@ -31,5 +31,5 @@ def _is_method(name: str, kind: type) -> bool:
 def is_torchs(layer: type[nn.Module]) -> bool:
     """Whether a ``torch.nn`` layer runs the ``forward`` that torch defines, and nobody put another in its class."""
     methods = (getattr(layer, name, None) for name in ("forward", "_conv_forward"))
-    homes = [getattr(method, "__globals__", {}).get("__name__", "torch.") for method in methods if method is not None]
-    return all(home.startswith("torch.") for home in homes)
+    globals_of = [getattr(method, "__globals__", {}) for method in methods if method is not None]
+    return all(str(held.get("__name__", "torch.")).startswith("torch.") for held in globals_of)

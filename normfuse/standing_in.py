@@ -89,7 +89,7 @@ def _told(kinds: frozenset[str]) -> str:
 @functools.lru_cache(maxsize=256)
 def _asks_for(forward: types.FunctionType, kind: type[nn.Module], classes: frozenset[str]) -> bool:
     """Whether a ``forward``, or what it calls, asks for the class of something, and names one of these classes."""
-    if kind.__module__.startswith("torch.nn.modules.") and forward.__module__.startswith("torch."):
+    if str(kind.__module__).startswith("torch.nn.modules.") and str(forward.__module__).startswith("torch."):
         return False
     return any(_names_both(code, classes) for code in _codes(forward, kind, _DEPTH))
 
@@ -106,5 +106,5 @@ def _codes(function: types.FunctionType, kind: type, depth: int) -> Iterator[typ
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     for name in {name for code in codes for name in code.co_names} if depth else ():
         for found in (getattr(kind, name, None), function.__globals__.get(name)):
-            if isinstance(found, types.FunctionType) and not found.__module__.startswith("torch."):
+            if isinstance(found, types.FunctionType) and not str(found.__module__).startswith("torch."):
                 yield from _codes(found, kind, depth - 1)

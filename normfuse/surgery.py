@@ -285,7 +285,7 @@ def _tie_calls(root: nn.Module, edit: Edit) -> None:
     from normfuse.layers.tied_calls import tie_calls
 
     of_norm, of_layer = map(int, edit["calls"])
-    tie_calls(root, edit["path"], edit["to"], (of_norm, of_layer))
+    tie_calls(root, edit["path"], edit["to"], (of_norm, of_layer), led=bool(edit.get("led")))
 
 
 _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {

@@ -1,8 +1,9 @@
 """Which layers must run together with a norm that was folded into them.
 
-Only where the code around them decides what it runs (:mod:`normfuse.capture.decisions`), so that a run may leave out
-one of them. A norm and a layer can be told to run together where both are called as modules; where no layer of a plan
-is, the norm is tied to the module that calls it.
+Only where the code around them decides what it runs (:mod:`normfuse.capture.decisions`), and its source does not show
+that they always run together (:mod:`normfuse.branching`); or where a layer serves one of the calls of a duplicated
+layer, which are told apart by their order. A norm and a layer can be told to run together where both are called as
+modules; where no layer of a plan is, the norm is tied to the module that calls it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from normfuse import branching
 from normfuse.graph import ModelGraph
+from normfuse.layers.deployed import CallSites
 from normfuse.routes import Plan
 from normfuse.surgery import Edit
 
@@ -26,12 +29,20 @@ def find(norm: str | None, nodes: list[fx.Node], plan: Plan, graph: ModelGraph) 
         graph: The model before the fold.
     """
     layers = list(dict.fromkeys(absorber.owner for absorber, _ in plan.maps if absorber.owner))
-    if not norm or graph.decided.isdisjoint([norm, *layers]):
+    numbered = any(_is_site(layer, graph) for layer in layers)
+    decided = not graph.decided.isdisjoint([norm or "", *layers])
+    if not norm or not (numbered or (decided and _may_part(nodes, plan, graph))):
         return []
     tied = [edit for layer in layers if (edit := _tie(norm, layer, graph)) is not None]
     scope = nodes[0].meta.get("scope", ())
     caller = _tie(norm, scope[-1].name if scope else "", graph)
     return tied or ([caller] if caller is not None else [])
+
+
+def _may_part(nodes: list[fx.Node], plan: Plan, graph: ModelGraph) -> bool:
+    """Whether a run may reach a call of the norm without one of a layer, or the other way round."""
+    calls = [call for calls in plan.maps.values() for call in calls]
+    return any(branching.may_part(node, call, graph) for node in nodes for call in calls)
 
 
 def _tie(norm: str, layer: str, graph: ModelGraph) -> Edit | None:
@@ -42,7 +53,15 @@ def _tie(norm: str, layer: str, graph: ModelGraph) -> Edit | None:
         return None
     m, n = of_norm[first], of_layer[first]
     in_step = all(of_norm.get(run, 0) * n == of_layer.get(run, 0) * m for run in {*of_norm, *of_layer})
-    return {"op": "tie_calls", "path": norm, "to": layer, "calls": [m, n]} if in_step else None
+    if not in_step:
+        return None
+    return {"op": "tie_calls", "path": norm, "to": layer, "calls": [m, n], "led": _is_site(layer, graph)}
+
+
+def _is_site(layer: str, graph: ModelGraph) -> bool:
+    """Whether a layer serves one of the calls of a duplicated layer."""
+    owner, found, _ = layer.rpartition(".sites.")
+    return bool(found) and isinstance(graph.module(owner), CallSites)
 
 
 def _calls_by_run(layer: str, graph: ModelGraph) -> Mapping[int, int]:

@@ -26,7 +26,7 @@ LEVELS = (
     ("branches", "scopes", "gains"),
     ("product_calls", "absorbers", "bias_trials", "absorption"),
     ("gather", "passing", "joining", "rules", "legality", "standing_in", "routes"),
-    ("pairs", "moving_statistics", "heads", "ties", "centering", "stream_rules", "streams", "as_rms_norm"),
+    ("pairs", "moving_statistics", "heads", "branching", "ties", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
     ("layer_quantization", "layer_ranges"),
     ("passes",),

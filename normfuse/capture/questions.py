@@ -27,7 +27,8 @@ _SAME_OF_AN_IDENTITY = ("training", "forward", "__class__")
 @contextlib.contextmanager
 def questions(model: nn.Module) -> Iterator[Questions]:
     """Run a block and note, by the name of the norm, the attributes that code of the user's reads."""
-    names = {id(module): module_names(model)[id(module)][0] for module in model.modules() if is_norm(module)}
+    every = module_names(model)
+    names = {id(module): every[id(module)][0] for module in model.modules() if is_norm(module)}
     asked: dict[str, set[str]] = collections.defaultdict(set)
     kinds = {type(module) for module in model.modules() if id(module) in names}
     own = {kind: vars(kind).get("__getattribute__") for kind in kinds}
@@ -55,7 +56,7 @@ def _noting(read: Any, names: Mapping[int, str], asked: dict[str, set[str]]) -> 
 
 def _is_from_outside(frame: types.FrameType, module: nn.Module) -> bool:
     """Whether the code that reads belongs neither to torch nor to us, and is no method of the module."""
-    if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+    if str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
         return False
     code = frame.f_code
     first = code.co_varnames[0] if code.co_argcount else ""

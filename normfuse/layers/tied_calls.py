@@ -20,18 +20,32 @@ class TiedCalls:
     """The ties of a folded model, and what ran of them so far.
 
     Attributes:
-        ties: ``(norm, layer, m, n)``, by qualified names: the norm runs ``m`` times where the layer runs ``n`` times.
-            The layer ``""`` is the model itself.
+        ties: ``(norm, layer, m, n, led)``, by qualified names: the norm runs ``m`` times where the layer runs ``n``
+            times, and not before it where it is ``led``. The layer ``""`` is the model itself.
         counts: The calls of each layer, by thread; only of runs that have not ended.
     """
 
     def __init__(self) -> None:
-        self.ties: list[tuple[str, str, int, int]] = []
+        self.ties: list[tuple[str, str, int, int, bool]] = []
         self.counts: dict[int, collections.Counter[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: the ties, and no run."""
         return {"ties": list(self.ties), "counts": {}}
+
+    def count(self, name: str, counts: collections.Counter[str]) -> None:
+        """Count a call.
+
+        Raises:
+            DeployedModelError: It is that of a norm, and the layer that it follows has not run.
+        """
+        counts[name] += 1
+        for norm, layer, m, n, led in self.ties:
+            if led and norm == name and counts[norm] * n > counts[layer] * m:
+                raise DeployedModelError(
+                    f"{norm} runs before {layer}, into which it was folded: the calls of a duplicated layer come in "
+                    "another order than in the examples. Fold the source without duplicate_shared"
+                )
 
     def require(self, counts: collections.Counter[str]) -> None:
         """Compare the calls of a run.
@@ -39,7 +53,7 @@ class TiedCalls:
         Raises:
             DeployedModelError: A norm and its layer did not run together.
         """
-        for norm, layer, m, n in self.ties:
+        for norm, layer, m, n, _ in self.ties:
             if counts[norm] * n != counts[layer] * m:
                 raise DeployedModelError(
                     f"a branch of this run leaves out a norm, or the layer that it was folded into: {norm} ran "
@@ -73,7 +87,7 @@ class CountCall(_Counting):
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         """Count the call; outside of a run of the model nobody asks."""
         if _thread() in self.ties.counts:
-            self.ties.counts[_thread()][self.name] += 1
+            self.ties.count(self.name, self.ties.counts[_thread()])
 
 
 class EndRun(_Counting):
@@ -90,8 +104,11 @@ class EndRun(_Counting):
             self.ties.require(counts)
 
 
-def tie_calls(model: nn.Module, norm: str, layer: str, calls: tuple[int, int]) -> None:
-    """Let a folded model raise where a norm does not run ``calls[0]`` times for ``calls[1]`` runs of its layer."""
+def tie_calls(model: nn.Module, norm: str, layer: str, calls: tuple[int, int], *, led: bool = False) -> None:
+    """Let a folded model raise where a norm does not run ``calls[0]`` times for ``calls[1]`` runs of its layer.
+
+    With ``led`` also where it runs before that.
+    """
     ties = next((hook.ties for hook in model._forward_hooks.values() if isinstance(hook, EndRun)), None)
     if ties is None:
         ties = TiedCalls()
@@ -100,7 +117,7 @@ def tie_calls(model: nn.Module, norm: str, layer: str, calls: tuple[int, int]) -
     counted = {"", *(name for tie in ties.ties for name in tie[:2])}
     for name in {norm, layer} - counted:
         model.get_submodule(name).register_forward_hook(CountCall(ties, name))
-    ties.ties.append((norm, layer, *calls))
+    ties.ties.append((norm, layer, *calls, led))
 
 
 def counts_only(hook: object) -> bool:

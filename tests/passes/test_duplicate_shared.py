@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
+from normfuse import DeployedModelError
 from normfuse.base import Reason
-from normfuse.layers.deployed import CallSites
+from normfuse.layers.deployed import CallSites, reset_calls
 from tests.parity import assert_parity, randomize_norms
+from tests.zoo.trap import image
 
 
 class Shared(nn.Module):
@@ -113,6 +115,34 @@ def test_call_sites_take_turns() -> None:
     layer = CallSites(nn.Linear(1, 1), 2)
     nn.init.zeros_(layer.sites[1].weight)
     one = torch.ones(1, 1)
-    first, second, third = layer(one), layer(one), layer(one)
-    assert torch.equal(first, third)
+    first, second = layer(one), layer(one)
     assert not torch.equal(first, second)
+    with pytest.raises(DeployedModelError, match="called once more"):
+        layer(one)
+    reset_calls(layer, ())
+    assert torch.equal(layer(one), first)
+
+
+class Calls(nn.Module):
+    """One convolution with a norm of its own after each call; the order of the norms is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(4, 4, 1), nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x: Tensor, order: tuple[int, ...] = (0, 1)) -> Tensor:
+        for index in order:
+            x = torch.tanh(self.norms[index](self.conv(x)))
+        return x
+
+
+@pytest.mark.parametrize("order", [(1, 0), (1,), (0, 1, 0), (0, 0)])
+def test_duplicated_layers_are_called_as_in_the_example(order: tuple[int, ...]):
+    model = randomize_norms(Calls().double().eval())
+    folded = normfuse.fold(model, example_inputs=image(), duplicate_shared=True)
+    assert isinstance(folded.norms[1], nn.Identity)
+    for _ in range(2):
+        assert_parity(model, folded, image())
+        with pytest.raises(DeployedModelError):
+            folded(image(), order)
+    assert_parity(model, folded, (image(), (0,)))  # the calls that there are have their own weights
