@@ -17,7 +17,9 @@ ISA_TESTS := $(addprefix tests/quantization/test_,engines.py matmul.py layers.py
 ONEDNN_SETS := SSE41 AVX2 AVX2_VNNI AVX512_CORE AVX512_CORE_VNNI AVX512_CORE_BF16 AVX512_CORE_AMX
 ATEN_SETS := default avx2 avx512
 
-.PHONY: demo test test-isa lint format docs clean
+OLDEST := .venv-oldest/bin/python
+
+.PHONY: demo test test-isa test-oldest lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -32,6 +34,15 @@ test-onednn-%: $(STAMP)
 
 test-aten-%: $(STAMP)
 	ATEN_CPU_CAPABILITY=$* $(BIN)/python -m pytest -n 2 -q $(ISA_TESTS)
+
+test-oldest: .venv-oldest/.installed
+	$(OLDEST) -m pytest -n 2 -q
+
+# The lower bounds of pyproject.toml, in an environment of their own.
+.venv-oldest/.installed: pyproject.toml | $(STAMP)
+	test -x $(OLDEST) || $(PYTHON) -m venv --without-pip .venv-oldest
+	$(UV) pip install --python $(OLDEST) --resolution lowest-direct -e '.[onnx,tensorrt,zoo,demo]' --group test
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from normfuse.layers.second_moment import statistics_dtype, token_sum
+from normfuse.layers.wide_statistics import narrowed
 
 GAUSSIAN_RATIO = math.sqrt(2 / math.pi)
 """Mean absolute deviation over standard deviation of a Gaussian."""
@@ -99,7 +100,7 @@ class _Normalize(torch.autograd.Function):
             y = y * weight.to(y.dtype).reshape(sets.affine)
         if bias is not None:
             y = y + bias.to(y.dtype).reshape(sets.affine)
-        return y.to(x.dtype)
+        return narrowed(y, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from normfuse import numerics
 from normfuse.layers.affine_inference import AffineInference
-from normfuse.layers.wide_statistics import WideStatistics
+from normfuse.layers.wide_statistics import WideStatistics, narrowed
 
 if TYPE_CHECKING:
     Group = dist.ProcessGroup | Literal["world"] | None
@@ -173,7 +173,8 @@ class SecondMomentNorm(WideStatistics, AffineInference, nn.Module, ABC):
 
     @staticmethod
     def _affine(x: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
-        return (x.to(scale.dtype) * along(scale, axis, x.dim()) + along(shift, axis, x.dim())).to(x.dtype)
+        y = x.to(scale.dtype) * along(scale, axis, x.dim()) + along(shift, axis, x.dim())
+        return narrowed(y, x.dtype)
 
     def _moment(self, x: Tensor, padding_mask: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
         """Return ``E_S[x^2]``, ``(C,)``, and ``n``, ``()``; the running second moment where no token is left."""

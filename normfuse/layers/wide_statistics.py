@@ -17,6 +17,14 @@ else:
     _Base = object
 
 
+def narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``y`` in ``dtype``; itself where it has it, without a call.
+
+    The compiler of torch 2.11 loses the gradients of an ``autograd.Function`` that returns a cast to the same type.
+    """
+    return y if y.dtype == dtype else y.to(dtype)
+
+
 class WideStatistics(_Base):
     """Mixin before ``nn.Module``: ``half()`` and the like leave the module's own buffers in float32."""
 
