@@ -57,11 +57,13 @@ class FoundPair:
         products: The layers that apply it, with the channels each makes.
         tail: What remains of the norm's own module.
         direct: Whether each call of the norm reads the value of one call of a layer, which nothing else reads.
+        rank: How many axes a value must have at a call for that; None where the layers' values come another way.
     """
 
     products: dict[str, tuple[int, ...]]
     tail: tuple[str, ...]
     direct: bool
+    rank: int | None
 
 
 def readings(graph: ModelGraph) -> list[Reading]:
@@ -93,7 +95,8 @@ def find_pair(name: str, readings: list[Reading]) -> FoundPair:
             _require_unpatched(name, graph)
             _require_own_values(norm, graph)
             products = _products(norm, graph)
-            found.append(FoundPair(products, _tail(norm, graph), _is_direct(norm, products, graph)))
+            direct, rank = _is_direct(norm, products, graph), _rank_at_call(norm, graph)
+            found.append(FoundPair(products, _tail(norm, graph), direct, rank))
     if not found:
         raise Refused(Reason.PARTIAL_CAPTURE, f"what calls {name} could not be traced", "pass example_inputs")
     if any(pair != found[0] for pair in found):
@@ -154,7 +157,7 @@ def _products(norm: Norm, graph: ModelGraph) -> dict[str, tuple[int, ...]]:
     plan, router = Plan(), Router(graph)
     running_mean: torch.Tensor = graph.module(norm.name).running_mean  # type: ignore[assignment]
     for node in norm.nodes:
-        value, rank = norms.input_of(norm, node, graph)
+        value, rank = _input_of(norm, node, graph)
         ids = torch.arange(running_mean.numel(), dtype=torch.float64) + _FIRST
         plan = router.backward(value, AffineMap.along(1, rank, ids, ids), node, plan)
     _require_keeping(plan, graph)
@@ -162,10 +165,29 @@ def _products(norm: Norm, graph: ModelGraph) -> dict[str, tuple[int, ...]]:
     return {absorber.name: _channels(absorber, calls, graph) for (absorber, _), calls in plan.maps.items()}
 
 
+def _input_of(norm: Norm, node: fx.Node, graph: ModelGraph) -> tuple[fx.Node, int]:
+    """Return the value that a call normalizes and its rank; of a linear layer's value, 2 where no reading shows it."""
+    try:
+        return norms.input_of(norm, node, graph)
+    except Refused as refused:
+        made = [value for value in node.all_input_nodes if isinstance(graph.module_of(value), nn.Linear)]
+        if refused.refusal.reason is not Reason.RANK_UNKNOWN or made != node.all_input_nodes[:1]:
+            raise
+        return made[0], 2
+
+
+def _rank_at_call(norm: Norm, graph: ModelGraph) -> int | None:
+    """Return how many axes the values have that the norm normalizes, where the layers that make them have as many."""
+    read = [_input_of(norm, node, graph) for node in norm.nodes]
+    made = all(isinstance(graph.module_of(value), nn.Linear | nn.modules.conv._ConvNd) for value, _ in read)
+    ranks = {rank for _, rank in read}
+    return ranks.pop() if made and len(ranks) == 1 else None
+
+
 def _is_direct(norm: Norm, products: Collection[str], graph: ModelGraph) -> bool:
     calls = [node for name in products for node in graph.call_sites(name)]
     readers = [user for node in calls for user in node.users]
-    read = [norms.input_of(norm, node, graph)[0] for node in norm.nodes]
+    read = [_input_of(norm, node, graph)[0] for node in norm.nodes]
     return set(read) == set(calls) and len(read) == len(calls) and set(readers) <= set(norm.nodes)
 
 

@@ -92,7 +92,8 @@ def _is_ours(name: str, graph: ModelGraph) -> bool:
 def _join(name: str, found: pairs.FoundPair, graph: ModelGraph) -> None:
     """Let products apply a norm."""
     norm = graph.module(name)
-    pair = Pair(_seat(name, graph), [_seat(product, graph) for product in found.products], found.direct)
+    seats = [_seat(product, graph) for product in found.products]
+    pair = Pair(_seat(name, graph), seats, found.direct, found.rank)
     for seat, channels in zip(pair.seats[1:], found.products.values(), strict=True):
         product = graph.module(seat.name)
         enter(product, TunedProduct, Pairing(pair, seat, _indices(channels, norm), adapters.pads_same(product)))

@@ -89,12 +89,21 @@ class Pair:
         norm: Where the norm is.
         seats: Where all of them are, the norm first.
         direct: Whether the norm is given the very values that the products return, so that they can be marked.
+        rank: How many axes a value must have for the channels of the products to be those of the norm; None for any. A
+            BatchNorm1d behind a linear layer normalizes its outputs in ``(N, C)``, and something else in ``(N, L, C)``.
         is_open: Whether it comes from a file, so that the layers that are read with it take their seats.
         was_compiled: Whether a product has been compiled, so that the norm may get its values without a mark.
     """
 
-    def __init__(self, norm: Seat, products: Sequence[Seat], direct: bool = True, is_open: bool = False) -> None:
-        self.norm, self.seats, self.direct = norm, (norm, *products), direct
+    def __init__(
+        self,
+        norm: Seat,
+        products: Sequence[Seat],
+        direct: bool = True,
+        rank: int | None = None,
+        is_open: bool = False,
+    ) -> None:
+        self.norm, self.seats, self.direct, self.rank = norm, (norm, *products), direct, rank
         self.is_open, self.was_compiled = is_open, False
 
     def is_whole(self) -> bool:
@@ -145,12 +154,12 @@ class Pair:
     def __deepcopy__(self, memo: dict[int, Any]) -> Pair:
         """Return the pair of the layers that are copied together; any other copy of a layer belongs to no pair."""
         norm, *products = copy.deepcopy(self.seats, memo)
-        copied = memo[id(self)] = Pair(norm, products, self.direct)
+        copied = memo[id(self)] = Pair(norm, products, self.direct, self.rank)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the names; a pair that is whole is open to the layers that are read with it."""
-        return Pair, (self.norm, self.seats[1:], self.direct, self.is_whole())
+        return Pair, (self.norm, self.seats[1:], self.direct, self.rank, self.is_whole())
 
 
 def is_patched(layer: nn.Module) -> bool:
@@ -170,8 +179,10 @@ class Member:
     pair: Pair
     seat: Seat
 
-    def runs(self, layer: nn.Module) -> bool:
-        """Whether a layer that holds this is the pair's, and the pair runs in Tune mode, at this call."""
+    def runs(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether a layer that holds this is the pair's, and the pair runs in Tune mode, at this call on ``x``."""
+        if self.pair.rank not in (None, x.dim()):
+            return False
         return self.seat.layer() is layer and self.pair.is_whole() and not _is_watched()
 
     def join(self, layer: nn.Module) -> None:

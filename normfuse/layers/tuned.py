@@ -105,7 +105,7 @@ class TunedProduct(TunedLayer):
             TuneModeError: In the place of the norm there is one that would normalize by the batch.
         """
         pairing: Pairing | None = vars(self).get(STATE)
-        if pairing is None or not pairing.runs(self):
+        if pairing is None or not pairing.runs(self, _value(args, kwargs)):
             if pairing is not None:
                 pairing.pair.require_fixed_statistics()
             return original_class(self).forward(self, *args, **kwargs)
@@ -156,7 +156,7 @@ class TunedNorm(FixedStatistics):
         x = _value(args, kwargs)
         if applied is not None and is_marked(x, applied, self):
             x = unmark(x)
-        elif applied is None or not applied.runs(self):
+        elif applied is None or not applied.runs(self, x):
             return _by_statistics(self, *args, **kwargs)
         elif not may_be_unmarked(x, applied):
             applied.pair.refuse_value()

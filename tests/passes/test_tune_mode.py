@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,9 +77,8 @@ def test_every_convolution(kind: str, dims: int, groups: int, padding: str):
     for bias, affine in ((True, True), (False, True), (True, False)) if padding == "zeros" else ((False, False),):
         options = {"groups": groups, "padding_mode": padding, "bias": bias, "stride": 2}
         model = conv_and_norm(kind, dims, affine=affine, **options)
-        symbolic = dims > 1  # the rank that BatchNorm1d sees is not known without an input
-        assert paired(model, None if symbolic else image(2, 4, *[5] * dims)) == {"1": ("0",)}
-        assert_tunes(model, image(2, 4, *[5] * dims), traced=symbolic, recorded=not symbolic, training=False)
+        assert paired(model) == {"1": ("0",)}
+        assert_tunes(model, image(2, 4, *[5] * dims), recorded=dims == 1, training=False)
 
 
 def takes_no_eps() -> bool:
@@ -209,10 +211,109 @@ def test_unbatched_convolution():
     assert_tunes(model, image()[0], traced=False)
 
 
-def test_linear_and_norm():
-    model = hard_norms(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 3)).double())
-    assert paired(model, image(3, 5)) == {"1": ("0",)}
-    assert_tunes(model, image(3, 5))
+# layers whose values a norm takes by their rank
+
+
+class Projector(nn.Module):
+    """A small backbone and the projection head of self-supervised learning, whose last norm has no gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        layers = [nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(inplace=True)]
+        self.projector = nn.Sequential(*layers, nn.Linear(8, 5), nn.BatchNorm1d(5, affine=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(torch.flatten(self.backbone(x), 1))
+
+
+class Tabular(nn.Module):
+    """Columns of numbers beside embedded categories, in layers that are called in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(7, 6), nn.Linear(6, 6)])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(6), nn.SyncBatchNorm(6)])
+        self.table = nn.Embedding(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.table(torch.ones(1, dtype=torch.long)).expand(x.shape[0], -1)], 1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.selu(norm(layer(x)))
+        return x
+
+
+class Linear(nn.Module):
+    """A linear layer and a norm of ``(N, C)``, which takes ``(N, L, C)`` too, and normalizes another axis then."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 6), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x))
+
+
+LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, tuple[str, ...]]]] = {
+    "multilayer perceptron": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 3)),
+        (3, 5),
+        {"1": ("0",)},
+    ),
+    "projector": (
+        Projector,
+        (3, 4, 5, 5),
+        {"backbone.1": ("backbone.0",), "projector.1": ("projector.0",), "projector.4": ("projector.3",)},
+    ),
+    "tabular": (Tabular, (3, 5), {"norms.0": ("layers.0",), "norms.1": ("layers.1",)}),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layers_are_paired_without_inputs(name: str):
+    make, shape, expected = LINEAR[name]
+    model = hard_norms(make().double())
+    assert paired(model) == paired(model, image(*shape)) == expected
+    assert_tunes(model, image(*shape))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("example", [None, (3, 5)], ids=str)
+def test_the_rank_of_each_call_decides(norm: type[nn.Module], example: tuple[int, ...] | None):
+    """Found with one rank, or with none; a call of another rank is eval mode's, and so are its errors."""
+    model = hard_norms(Linear(norm(6)).double().eval())
+    given = None if example is None else image(*example)
+    tuned = normfuse.tune_mode(copy.deepcopy(model), example_inputs=given).train()
+    for one in (tuned, copy.deepcopy(tuned), pickle.loads(pickle.dumps(tuned))):
+        for shape in ((3, 5), (3, 6, 5), (1, 5)):
+            assert_same(gradients(model, image(*shape)), gradients(one, image(*shape)))
+        for shape in ((3, 7, 5), (5,)):
+            errors = [raised(m, image(*shape)) for m in (model, one)]
+            assert errors[0] == errors[1]
+
+
+def test_an_unbatched_call_of_a_convolution():
+    """BatchNorm1d takes (C, L) for (N, C)."""
+    model = hard_norms(nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)).double().eval())
+    tuned = normfuse.tune_mode(copy.deepcopy(model))
+    for shape in ((2, 4, 7), (4, 8)):
+        assert_same(gradients(model, image(*shape)), gradients(tuned, image(*shape)))
+    assert raised(model, image(4, 7)) == raised(tuned, image(4, 7))
+
+
+def raised(model: nn.Module, x: Tensor) -> str:
+    with pytest.raises((RuntimeError, ValueError)) as info:
+        model(x)
+    return str(info.value)
+
+
+def test_a_value_that_two_read_is_not_paired():
+    class Twice(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return self.norm(y) + y
+
+    assert paired(Twice(nn.BatchNorm1d(6))) == {}
 
 
 # the published cases of the peers
