@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
-from normfuse.errors import DeployedModelError, LoadError
+from normfuse.errors import LoadError
 from normfuse.unpickle import unpickle_stream
 
 MODEL, SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
@@ -78,31 +77,6 @@ def load_exported_program(path: str | Path, *, trust_pickle: bool = False) -> Ex
     except Exception as error:  # a damaged archive can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LoadError(f"{path}: torch {torch.__version__} cannot read this ExportedProgram ({reason})") from error
-
-
-class BakedMode:
-    """Stands in for ``train`` on the module of an exported program: ``eval()`` works, ``train()`` raises."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        """Do nothing for eval mode.
-
-        Raises:
-            DeployedModelError: Training was asked for.
-        """
-        if mode:
-            raise DeployedModelError("an ExportedProgram has its mode baked in; train the python model it came from")
-        return self.module
-
-
-def as_module(program: ExportedProgram) -> nn.Module:
-    """Return the program as a module whose ``eval()`` works; torch's own raises."""
-    module = program.module()
-    vars(module).pop("eval", None)
-    vars(module)["train"] = BakedMode(module)
-    return module
 
 
 def example_inputs(program: ExportedProgram) -> tuple[Any, ...] | dict[str, Any] | None:

@@ -90,7 +90,8 @@ def read(
 
 
 def _read_exported(request: Request) -> LoadedModel:
-    from normfuse.exported_program import as_module, example_inputs, load_exported_program
+    from normfuse.exported_modules import as_module
+    from normfuse.exported_program import example_inputs, load_exported_program
 
     program = load_exported_program(request.path, trust_pickle=request.trust_pickle)
     return LoadedModel(as_module(program), request.format, example_inputs=example_inputs(program))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from normfuse.exported_modules import as_module, is_exported
 from normfuse.structure import Structure
 
 
@@ -84,9 +85,14 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DDP, DataParallel and ``torch.compile`` wrappers, in any nesting."""
+    """Return the user's model inside DDP, DataParallel and ``torch.compile`` wrappers, in any nesting.
+
+    That of an exported program is a new module at each call, on the tensors of the program.
+    """
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if is_exported(model):
+            model = as_module(model)  # type: ignore[arg-type]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule) if "_orig_mod" in model._modules else False:
             model = model.get_submodule("_orig_mod")

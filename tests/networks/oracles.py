@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse import api
-from normfuse.exported_program import as_module
+from normfuse.exported_modules import as_module
 from normfuse.report import Report, Status
 from tests import parity
 from tests.networks.network import NORMS, Call, Network
