@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from normfuse.base import Pass
-from normfuse.capture import understood, unwrap
+from normfuse.capture import readable, understood, unwrap
 from normfuse.errors import VerificationError
 from normfuse.examples import Examples, Inputs, calls_of
 from normfuse.order import Step, is_folded, is_quantized, require
@@ -51,7 +51,8 @@ def fold(
     function of the model in eval mode stays the same, up to rounding.
 
     Args:
-        model: Any module. It is not changed unless ``inplace``; wrappers such as DDP are looked through.
+        model: Any module. It is not changed unless ``inplace``; wrappers such as DDP are looked through. An
+            ``ExportedProgram`` is never changed: it is read as a module with the layers it was exported from.
         example_inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments. With it, one run of
             the model is followed, which reads any model and knows every shape; without, the model is traced. Several
             such calls, as :class:`normfuse.Examples` or as a list that holds a tuple, are followed one after the other:
@@ -65,10 +66,11 @@ def fold(
             up, and judge the difference by the rounding of the model's own type (:mod:`normfuse.proof`).
 
     Returns:
-        A model of the same class. Its ``train()`` raises :class:`normfuse.DeployedModelError`.
+        A model of the same class; of an exported program, an ``fx.GraphModule``. Its ``train()`` raises
+        :class:`normfuse.DeployedModelError`.
 
     Raises:
-        CaptureError: The model does not run on the inputs, or no part of it can be traced.
+        CaptureError: The model does not run on the inputs, no part of it can be traced, or it is TorchScript.
         VerificationError: The result does not compute what the model computes; the text names the pass and the layer.
             The model is as it was, also with ``inplace``.
 
@@ -113,6 +115,7 @@ def inspect(
     Raises:
         CaptureError: As for :func:`fold`.
     """
+    model = readable(model)
     example_inputs = understood(model, example_inputs)
     return _run(model, passes, example_inputs, False, include, exclude, duplicate_shared, False).report
 
@@ -150,6 +153,7 @@ def apply(
     """
     if tolerance is not None and (example_inputs is None or inplace):
         raise ValueError("a tolerance needs example_inputs, and inplace=False to have something to compare with")
+    model = readable(model)
     example_inputs = understood(model, example_inputs)
     verify = verify and tolerance is None
     result = _run(model, passes, example_inputs, inplace, include, exclude, duplicate_shared, verify)
@@ -212,7 +216,8 @@ def export(
 
     placement = qdq or ("tensorrt" if Path(path).suffix.lower() == ".engine" else "onnxruntime")
     numbers = Numbers(precision, tuple(keep_fp32), calibration, placement)
-    source, example_inputs = unwrap(model), understood(model, example_inputs)
+    source = unwrap(readable(model))
+    example_inputs = understood(source, example_inputs)
     require(source, Step.EXPORT)
 
     def folded(source: nn.Module) -> Result[nn.Module]:

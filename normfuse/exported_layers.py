@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from normfuse.call_arguments import arguments_of
@@ -35,6 +36,9 @@ def restore(module: fx.GraphModule) -> None:
         layers = [_layer(node, module.get_submodule(owner)) for node in nodes]
         if all(layer is not None and repr(layer) == repr(layers[0]) for layer in layers):
             _replace(owner, layers[0], nodes, module)
+    for node in module.graph.nodes:  # what a fold leaves may have another memory layout than what the operator returned
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     module.recompile()
 
@@ -62,9 +66,10 @@ def _layer(node: fx.Node, holder: nn.Module) -> nn.Module | None:
     layer = make(node, given, holder) if make is not None else None
     if layer is None:
         return None
-    for table, own in ((layer._parameters, holder._parameters), (layer._buffers, holder._buffers)):
-        for name in table:
-            table[name] = own.get(name)
+    for name in layer._parameters:
+        layer._parameters[name] = holder._parameters.get(name)
+    for name in layer._buffers:
+        layer._buffers[name] = holder._buffers.get(name)
     lost = {name for name, _ in _held(holder)} - {name for name, _ in _held(layer)}
     missing = tensors.keys() - {name for name, _ in _held(layer)}
     return None if lost or missing else layer.train(False)
@@ -150,7 +155,8 @@ def _group_norm(node: fx.Node, given: dict[str, Any], holder: nn.Module) -> nn.M
     if not all(isinstance(given.get(name), fx.Node) for name in ("weight", "bias")) or not _gives_one_value(node):
         return None
     weight: Any = holder.weight
-    return nn.GroupNorm(given.get("num_groups", given.get("group")), weight.numel(), given["eps"], device="meta")
+    groups = given["num_groups"] if "num_groups" in given else given["group"]
+    return nn.GroupNorm(groups, weight.numel(), given["eps"], device="meta")
 
 
 def _gives_one_value(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normfuse import adapters, constant_maps, norm_calls, numerics, written_norms
+from normfuse import adapters, constant_maps, norm_calls, numerics, torchscript, written_norms
 from normfuse.affine import AffineMap
 from normfuse.base import Reason, Refused
 from normfuse.call_arguments import arguments_of
@@ -52,6 +52,9 @@ def find_norms(graph: ModelGraph) -> list[Norm]:
     norms = {name: Norm(name, type(m).__name__, name) for name, m in _norm_modules(graph.root)}
     for norm in norms.values():
         norm.nodes = list(graph.call_sites(norm.name))
+    norms |= {
+        name: Norm(name, f"{made_from}, TorchScript", name) for name, made_from, _ in torchscript.norms_in(graph.root)
+    }
     for name, module, nodes in norm_calls.groups(graph, norms):
         norms.setdefault(name, Norm(name, function_name(nodes[0]), module)).nodes = nodes
     for written in written_norms.find(graph):

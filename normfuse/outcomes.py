@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from normfuse import families
+from normfuse import families, torchscript
 from normfuse.base import Match, Pass, Reason, Refusal
 from normfuse.graph import ModelGraph
 from normfuse.norms import Norm
@@ -62,6 +62,11 @@ class Outcomes:
 
     def _left(self, norm: Norm, graph: ModelGraph) -> Outcome:
         """Return the outcome of a norm that no pass looked at."""
+        part = next((part for name, _, part in torchscript.norms_in(graph.root) if name == norm.name), None)
+        if part is not None:
+            text = f"{part} is TorchScript, whose code can be neither read nor changed"
+            refusal = Refusal(Reason.UNSUPPORTED_LAYER, text, torchscript.REMEDY)
+            return Outcome("", Status.UNMATCHED, norm.name, norm.layer, refusal=refusal)
         if not norm.nodes:
             unseen = Refusal(Reason.PARTIAL_CAPTURE, "what calls it could not be traced", "pass example_inputs")
             return Outcome("", Status.NOT_REACHED, norm.name, norm.layer, refusal=unseen if graph.partial else None)

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from normfuse import deploy, families, norms, order, reach, surgery
+from normfuse import deploy, families, norms, order, reach, surgery, torchscript
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
 from normfuse.default_device import on_cpu
@@ -170,6 +170,7 @@ def _notes(model: nn.Module, passes: Sequence[Pass]) -> tuple[str, ...]:
     notes = ["the model was in training mode; what was folded is its eval form"] if folds else []
     if any(isinstance(module, change_of_class.TunedLayer) for module in model.modules()):
         notes.append("the model was in Tune mode; it was taken out of it first")
+    notes += [f"{part} is TorchScript: it is left as it is, with all norms in it" for part in torchscript.parts(model)]
     return tuple(notes)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from normfuse import api, surgery
 from normfuse.calibration import Batch, Batches, Calibration, PaddingMask
-from normfuse.capture import unwrap
+from normfuse.capture import readable, unwrap
 from normfuse.graph import Inputs
 from normfuse.layer_quantization import LayerQuantization
 from normfuse.layer_ranges import Range
@@ -155,7 +155,7 @@ def run_quantize(
 
     Arguments and errors are those of :func:`quantize`.
     """
-    source = unwrap(model)
+    source = unwrap(readable(model))
     selection: dict[str, Any] = {"include": include, "exclude": exclude}
     if not isinstance(one, Quantize):
         return api.apply(source, [one], example_inputs=example_inputs, inplace=inplace, **selection)  # type: ignore[return-value]

@@ -38,7 +38,7 @@ def unreached(graph: ModelGraph) -> list[str]:
             continue
         if is_leaf(module):
             inside = (*inside, f"{name}." if name else "")
-        tensors = (*module._parameters, *module._buffers)
+        tensors = (*module._parameters.keys(), *module._buffers.keys())
         used = any(graph.uses(f"{name}.{key}") for key in tensors)
         if not (name in called or graph.call_sites(name) or used or _does_nothing(module)):
             names.append(name)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse import rerun
+from normfuse.capture import readable
 from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
 from normfuse.errors import CaptureError, LoadError, VerificationError
@@ -86,6 +87,7 @@ def verify(
         LoadError: The candidate is a file that cannot be run.
         MissingDependencyError: The candidate is a file and ONNX Runtime is not installed.
     """
+    reference, candidate = readable(reference), readable(candidate)
     samples = inputs.values if isinstance(inputs, Samples) else calls_of(inputs)
     if not samples:
         raise VerificationError("nothing to compare: no inputs given")

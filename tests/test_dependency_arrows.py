@@ -20,7 +20,7 @@ LEVELS = (
     ("default_device", "errors", "examples", "names", "numerics", "computed", "holders", "patches"),
     ("adapters", "atomic_files", "digests", "exclusive", "named_tensors", "native", "structure"),
     ("base", "reasons", "report", "layers", "quantization", "surgery", "deploy", "manifest", "order"),
-    ("affine", "graph", "call_arguments", "norm_classes", "exported_layers", "exported_modules"),
+    ("affine", "graph", "call_arguments", "norm_classes", "exported_layers", "exported_modules", "torchscript"),
     ("capture", "outputs"),
     ("norms", "norm_calls", "ranks", "constant_maps", "reach", "written_norms", "operations", "shown_tensors"),
     ("branches", "scopes", "gains"),

@@ -16,7 +16,7 @@ from typing import Any, cast, overload
 
 from torch.nn import Module
 
-from normfuse.capture.modes import eval_mode, unwrap
+from normfuse.capture.modes import eval_mode, readable, unwrap
 from normfuse.capture.recorded import record
 from normfuse.capture.symbolic import trace
 from normfuse.errors import CaptureError
@@ -24,7 +24,7 @@ from normfuse.examples import Examples, Inputs, calls_of, could_be_several
 from normfuse.graph import ModelGraph
 from normfuse.names import require_plain_names
 
-__all__ = ["capture", "eval_mode", "record", "trace", "understood", "unwrap"]
+__all__ = ["capture", "eval_mode", "readable", "record", "trace", "understood", "unwrap"]
 
 
 def capture(model: Module, example_inputs: Inputs | Examples | None = None) -> ModelGraph:

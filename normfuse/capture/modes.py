@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from normfuse.errors import CaptureError
 from normfuse.exported_modules import as_module, is_exported
 from normfuse.structure import Structure
+from normfuse.torchscript import require_python
 
 
 def eval_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -84,15 +86,23 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def readable(model: Any) -> Any:
+    """Return a model, or of an exported program a module, new at each call, on the tensors of the program."""
+    return as_module(model) if is_exported(model) else model
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's model inside DDP, DataParallel and ``torch.compile`` wrappers, in any nesting.
 
-    That of an exported program is a new module at each call, on the tensors of the program.
+    Raises:
+        CaptureError: It is TorchScript, or an exported program, which :func:`readable` makes a module of.
     """
     while True:
         if is_exported(model):
-            model = as_module(model)  # type: ignore[arg-type]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            text = "an ExportedProgram cannot be trained or edited in place: pass the Python module it came from"
+            raise CaptureError(f"{text}, or what normfuse.fold makes of it")
+        require_python(model)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule) if "_orig_mod" in model._modules else False:
             model = model.get_submodule("_orig_mod")
