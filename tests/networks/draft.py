@@ -39,6 +39,7 @@ class Draft:
         self.setup: list[str] = []
         self.body: list[Statement] = []
         self.after: list[str] = []
+        self.surroundings = ""
         self.channels_at = 1
         self._counts: dict[str, int] = {}
 
@@ -138,10 +139,11 @@ class Draft:
         self.body.append(Statement(result, source, lines))
         return result
 
-    def finish(self, output: str, gains: str, options: dict[str, Any]) -> Network:
+    def finish(self, output: str, gains: str, options: dict[str, Any], *, several: bool) -> Network:
         """Return the network."""
-        parts = (tuple(self.setup), tuple(self.body), output, self.flags, tuple(self.after), tuple(self.others))
-        return Network(self.seed, gains, self.inputs, *parts, options)
+        code = (tuple(self.setup), tuple(self.body), output, self.flags, tuple(self.after))
+        several = several and bool(self.others)
+        return Network(self.seed, gains, self.inputs, *code, tuple(self.others), several, self.surroundings, options)
 
 
 def _usable(value: Any) -> bool:

@@ -56,6 +56,9 @@ class Network:
         output: The expression that is returned.
         after: Statements that change ``net`` once it is built: hooks, patches, ties.
         others: Values of flags with which the network is called as well, after it was read without them.
+        several: Whether the calls with those flags are examples too, so that the fold must be right in them.
+        surroundings: An expression of the handle of a hook of all modules, registered while the network is folded and
+            run; empty for none.
         options: Keywords for the fold.
     """
 
@@ -68,6 +71,8 @@ class Network:
     flags: dict[str, str] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     others: tuple[dict[str, Any], ...] = ()
+    several: bool = False
+    surroundings: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def source(self) -> str:
@@ -82,7 +87,9 @@ class Network:
     def __str__(self) -> str:
         call = ", ".join(f"{k}={v}" for k, v in self.inputs.items())
         notes = [f"# seed {self.seed}, gains {self.gains}, built in float64, eval mode; called with {call}, n=2"]
-        notes += [f"# also called with {other}" for other in self.others]
+        also = "an example too" if self.several else "no example"
+        notes += [f"# also called with {other}, {also}" for other in self.others]
+        notes += [f"# inside of {self.surroundings}"] if self.surroundings else []
         notes += [f"# fold options: {self.options}"] if self.options else []
         return "\n".join([*notes, self.source(), *self.after])
 
@@ -98,6 +105,18 @@ class Network:
             exec(line, scope)
         return scope["net"]
 
+    @contextlib.contextmanager
+    def surrounded(self) -> Iterator[None]:
+        """Run a block with the hooks of all modules that this network is made for."""
+        scope: dict[str, Any] = {}
+        exec(HEADER, scope)
+        handle = eval(self.surroundings, scope) if self.surroundings else None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
     def call(self, seed: int, n: int = 2, **flags: Any) -> Call:
         """Return positional and keyword arguments for the forward, with a batch of ``n``."""
         torch.manual_seed(seed)
@@ -107,6 +126,10 @@ class Network:
         """Yield networks that have a little less than this one."""
         for index in range(len(self.after)):
             yield replace(self, after=self.after[:index] + self.after[index + 1 :])
+        if self.several:
+            yield replace(self, several=False)
+        if self.surroundings:
+            yield replace(self, surroundings="")
         for option in self.options:
             yield replace(self, options={k: v for k, v in self.options.items() if k != option})
         for statement in self.body[:-1]:

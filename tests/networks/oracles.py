@@ -12,7 +12,7 @@ import io
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,9 @@ def check(network: Network, readers: tuple[str, ...], *, extras: bool = False) -
         readers: Of :data:`READERS`.
         extras: Also copy, pickle, save, load, inspect and verify the result.
     """
-    expected = list(expectations(network))
-    return [_judged(network, reader, expected, extras) for reader in readers] if expected else []
+    with network.surrounded():
+        expected = list(expectations(network))
+        return [_judged(network, reader, expected, extras) for reader in readers] if expected else []
 
 
 def _judged(network: Network, reader: str, expected: list[Expected], extras: bool) -> Verdict:
@@ -117,13 +118,13 @@ def expectations(network: Network) -> Iterator[Expected]:
     first = network.call(network.seed)
     calls = [("on the example", first, True), ("on other values", network.call(network.seed + 1), True)]
     calls += [("on a batch of 3", network.call(network.seed + 2, 3), False)]
-    calls += [(f"with {flags}", network.call(network.seed + 3, **flags), False) for flags in network.others]
+    calls += [(f"with {o}", network.call(network.seed + 3, **o), network.several) for o in network.others]
     for label, call, must in calls:
         try:
             outputs = run(model, call)
             again = run(model, call)
         except Exception:  # the network takes no such call
-            if must:
+            if call is first:
                 return
             continue
         if outputs and all(map(_same, outputs, again)):
@@ -190,12 +191,16 @@ def noise(network: Network, one: Expected) -> float:
 def _folded(network: Network, expected: list[Expected], extras: bool, *, recorded: bool) -> tuple[Report, str]:
     source = network.build()
     before = fingerprint(source)
-    inputs: dict[str, Any] = {"example_inputs": parity.cloned(expected[0].call[0])} if recorded else {}
-    result = api.apply(source, api.EXACT_PASSES, **inputs, **network.options)
+    inputs: dict[str, Any] = {"example_inputs": _examples(network, expected)} if recorded else {}
+    result = api.apply(source, api.EXACT_PASSES, **inputs, **network.options, verify=extras)
     if fingerprint(source) != before:
         raise Wrong("the source model was changed")
     _require_each_once(source, result.report)
-    compare(result.model, network, expected)
+    compare(
+        result.model,
+        network,
+        expected if recorded else [replace(one, must=one.must and not one.call[1]) for one in expected],
+    )
     if fingerprint(source) != before:
         raise Wrong("the folded model changes its source")
     if extras:
@@ -204,6 +209,14 @@ def _folded(network: Network, expected: list[Expected], extras: bool, *, recorde
         if not normfuse.verify(source, result.model, expected[0].call[0]):
             raise Wrong("verify fails")
     return result.report, ""
+
+
+def _examples(network: Network, expected: list[Expected]) -> Any:
+    """Return the example, or that and a call with each of the other flags."""
+    calls = [expected[0].call, *(one.call for one in expected if one.call[1])]
+    if not network.several:
+        return parity.cloned(expected[0].call[0])
+    return normfuse.Examples(*(dict(zip(network.inputs, parity.cloned(c[0]), strict=True)) | c[1] for c in calls))
 
 
 def _recorded(network: Network, expected: list[Expected], extras: bool) -> tuple[Report, str]:

@@ -52,7 +52,8 @@ def network(seed: int) -> Network:
         x = _move(draft, x)
     _ensure_norm(draft, x)
     _from_outside(draft)
-    return draft.finish(_output(draft), draft.one("positive", "signed", "signed", "zeros"), _options(draft))
+    gains = draft.one("positive", "signed", "signed", "zeros")
+    return draft.finish(_output(draft), gains, _options(draft), several=draft.chance(0.4))
 
 
 def _move(draft: Draft, x: str) -> str:
@@ -104,7 +105,10 @@ def _branch(draft: Draft, x: str) -> str | None:
 
 
 def _from_outside(draft: Draft) -> None:
-    """Hooks, patches, ties and modes: what is done to a network once it is built."""
+    """Hooks, patches, ties and modes: what is done to a network once it is built, and around every module."""
+    if draft.chance(0.02):
+        hook = draft.one("watch", "double_convolutions")
+        draft.surroundings = f"nn.modules.module.register_module_forward_hook(parts.{hook})"
     if not draft.chance(0.2):
         return
     names = draft.layers(nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU)
