@@ -231,6 +231,18 @@ def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
     return known
 
 
+def assumed_rank(norm: Norm, graph: ModelGraph) -> int | None:
+    """Return the rank that the layers in front of a norm imply for its input, where its class takes another as well.
+
+    A traced convolution of signals gives ``(N, C, L)``, or ``(C, L)`` without a batch.
+    """
+    module = graph.module(norm.module) if norm.module is not None else None
+    if graph.inputs is not None or not isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm):
+        return None
+    known = {ranks(node, graph) for node in norm.nodes}
+    return 3 if known == {3} else None
+
+
 def _rank_of_class(norm: Norm, graph: ModelGraph) -> int | None:
     module = graph.module(norm.module) if norm.module is not None else None
     return 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else None

@@ -4,6 +4,8 @@
     self.bn.parameters(), self.bn.some_object                  nothing could answer the same
     isinstance(self.bn, nn.BatchNorm2d)                        the class is asked
 
+A BatchNorm1d behind a convolution that was traced may be given a signal without a batch: an identity of one rank.
+
 Attributes that were read are known from the run (:mod:`normfuse.capture.questions`). That a class was asked leaves no
 trace in a run: it is looked for in the code of the modules around the norm.
 """
@@ -50,6 +52,15 @@ def answering(edit: Edit, graph: ModelGraph) -> Edit:
             raise Refused(Reason.ASKED, f"code of the model reads {name}.{attribute}")
     kwargs = {"attributes": attributes, "tensors": tensors}
     return {**edit, "module": {"class": "normfuse.layers.deployed.Placeholder", "kwargs": kwargs}}
+
+
+def of_one_rank(edit: Edit, rank: int) -> Edit:
+    """Return an edit that replaces a norm, with an identity that takes values of one rank only in front of the rest."""
+    left = edit["module"]
+    kwargs = left["kwargs"] if left.get("class", "").endswith(".Placeholder") else {}
+    guard = {"class": "normfuse.layers.deployed.OneRank", "kwargs": {"rank": rank, **kwargs}}
+    alone = left == surgery.IDENTITY or kwargs
+    return {**edit, "module": guard if alone else {"sequential": [guard, left]}}
 
 
 def _is_simple(value: Any) -> bool:

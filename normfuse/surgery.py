@@ -40,6 +40,7 @@ BUILDABLE = frozenset((*_CONVS, "torch.nn.modules.linear.Identity", "torch.nn.mo
                        "normfuse.layers.deployed.Zero", "normfuse.layers.deployed.FirstArgument",
                        "normfuse.layers.deployed.ChannelPad", "normfuse.layers.deployed.CallSites",
                        "normfuse.layers.deployed.ChannelClamp", "normfuse.layers.deployed.Placeholder",
+                       "normfuse.layers.deployed.OneRank",
                        *(f"normfuse.quantization.modules.ShiftQuant{kind}" for kind in _PRODUCTS),
                        *(f"normfuse.quantization.calibrated.Calibrated{kind}" for kind in _PRODUCTS),
                        "normfuse.quantization.quantizing_layer.Precision",

@@ -65,6 +65,8 @@ class FoldBN(Pass):
             plan, tensors = _find(norm, graph)
             edits, neutral = _removal(norm, graph)
             edits = [standing_in.answering(edit, graph) for edit in edits]
+            rank = norms.assumed_rank(norm, graph)
+            edits = [standing_in.of_one_rank(edit, rank) for edit in edits] if rank is not None else edits
         except Refused as refused:
             return refused.refusal
         pads, values = pad_edits(plan, graph)

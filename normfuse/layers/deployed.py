@@ -58,6 +58,36 @@ class Placeholder(nn.Identity):
             self.register_buffer(name, torch.full(tuple(shape), torch.nan), persistent=False)
 
 
+class OneRank(Placeholder):
+    """Stands where a BatchNorm1d was that was folded without an example: an identity of values of one rank.
+
+    A signal without a batch, ``(C, L)``, has its channels on another axis than ``(N, C, L)``, and the norm took both.
+
+    Args:
+        rank: How many axes the fold took the value to have.
+        attributes: As for :class:`Placeholder`, and ``tensors``.
+    """
+
+    def __init__(
+        self, rank: int, attributes: Sequence[tuple[str, Any]] = (), tensors: Sequence[tuple[str, Sequence[int]]] = ()
+    ) -> None:
+        super().__init__(attributes, tensors)
+        self.rank = rank
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input.
+
+        Raises:
+            DeployedModelError: It has another rank.
+        """
+        if isinstance(input, Tensor) and input.dim() != self.rank:
+            raise DeployedModelError(
+                f"this model was folded without an example, for values of {self.rank} axes where this one has "
+                f"{input.dim()}: fold the source with example_inputs"
+            )
+        return input
+
+
 class NotReached:
     """Stands in for the ``forward`` of a layer that no example reached and that could read a changed value.
 

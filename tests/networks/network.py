@@ -75,6 +75,11 @@ class Network:
     surroundings: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether its inputs have an axis of samples."""
+        return all("(n, " in code for code in self.inputs.values())
+
     def source(self) -> str:
         """Return the network as Python."""
         arguments = ", ".join(["self", *self.inputs, *(f"{k}={v}" for k, v in self.flags.items())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import normfuse
 from normfuse import api
 from normfuse.base import Reason
+from normfuse.layers.deployed import OneRank
 from normfuse.report import Outcome, Status
 from tests.parity import assert_parity, randomize_norms
 from tests.zoo import ZOO, layers, sharing
@@ -271,3 +273,45 @@ def test_norms_share_the_bias_that_the_first_brings(kind: str, recorded: bool, f
     result = api.apply(model, api.EXACT_PASSES, example_inputs=image(2, 4, 6, 6) if recorded else None)
     assert [o.status for o in result.report.norms[-2:]] == [Status.APPLIED] * 2
     assert_parity(model, result.model, image(2, 4, 6, 6))
+
+
+class ActivatedNorm1d(nn.BatchNorm1d):
+    """A norm with what follows it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        args = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(F.batch_norm(input, *args, eps=self.eps))
+
+
+class AsksItsNorm1d(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return self[1](self[0](input)) + self[1].eps
+
+
+SIGNALS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Sequential(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)),
+    "synchronised": lambda: nn.Sequential(nn.ConvTranspose1d(3, 5, 3), nn.SyncBatchNorm(5)),
+    "activated": lambda: nn.Sequential(nn.Conv1d(3, 5, 3), ActivatedNorm1d(5)),
+    "asked": lambda: AsksItsNorm1d(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_traced_norm_of_signals_takes_batches_only(name: str, tmp_path: Path):
+    """Of as many channels as steps, a signal without a batch is normalized step by step, which no example told."""
+    model = randomize_norms(SIGNALS[name]().double().eval())
+    folded = normfuse.fold(model)
+    batch, signal = image(2, 3, 7), image(3, 3 if name == "synchronised" else 7)
+    normfuse.save(folded, tmp_path / "signals.pt")
+    again = normfuse.load(tmp_path / "signals.pt", model=model)
+    for one in (folded, copy.deepcopy(folded), again):
+        assert_parity(model, one, batch)
+        with pytest.raises(normfuse.DeployedModelError, match="3 axes where this one has 2"):
+            one(signal)
+    assert torch.equal(torch.fx.symbolic_trace(folded)(batch), folded(batch))
+    known = normfuse.fold(model, example_inputs=batch)
+    assert not any(isinstance(module, OneRank) for module in known.modules())
