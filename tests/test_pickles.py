@@ -7,6 +7,8 @@ import copyreg
 import functools
 import io
 import pickle
+import subprocess
+import sys
 import types
 import zipfile
 from collections import OrderedDict
@@ -23,6 +25,8 @@ from normfuse.errors import LoadError
 from normfuse.pickles.allowed import Allowed, Kind, is_plain_module_class, listed
 from normfuse.pickles.inert import Inert, read_inert
 from normfuse.unpickle import unpickle
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def saved(value: object, path: Path, **options: Any) -> Path:
@@ -311,3 +315,40 @@ def test_the_search_for_faults_finds_them():
         "calls __import__",
         "calls open",
     }
+
+
+CONTROL = """
+import sys
+sys.path[:0] = ["benchmarks"]
+import gadgets
+from torch import nn
+
+class Reads(nn.Module):
+    def forward(self, x):
+        return open(self.path).read()
+
+class Runs(nn.Module):
+    def __deepcopy__(self, memo):
+        exec(self.code)
+
+class Imports(nn.Module):
+    @property
+    def helper(self):
+        return __import__(self.name)
+
+sys.addaudithook(gadgets.audit)
+gadgets.signal.signal(gadgets.signal.SIGALRM, lambda *_: None)
+for cls, event in ((Reads, "open"), (Runs, "compile"), (Imports, "import"), (nn.Linear, "")):
+    found = gadgets.tried(cls.__name__, cls)
+    assert bool(found) == bool(event) and all(event in text for text in found), (cls, found)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_hostile_states_reach_nothing(tmp_path: Path):
+    """The search finds what is there to be found, and finds nothing in what may be loaded."""
+    (tmp_path / "control.py").write_text(CONTROL)
+    search = ["benchmarks/gadgets.py", "--packages", "others", "--out", str(tmp_path / "gadgets.json")]
+    for program in ([str(tmp_path / "control.py")], search):
+        done = subprocess.run([sys.executable, *program], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr + done.stdout
