@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -477,3 +478,38 @@ def test_feature_extraction():
     value = create_feature_extractor(tuned(), ["conv"], suppress_diff_warning=True)(image())["conv"]
     with pytest.raises(normfuse.TuneModeError, match=r"the value of conv has bn applied already .* mean reads it"):
         value.mean()
+
+
+# folding, and Tune mode inside Tune mode
+
+
+@pytest.mark.parametrize("name", ["adapter", "merged adapter", "frozen norms", "no norm", "a child deleted"])
+def test_folded_after_a_layer_was_replaced(name: str):
+    expected, model = network(), tuned()
+    for one in (expected, model):
+        REPLACED[name](one)
+    folded = normfuse.fold_bn(model, example_inputs=image())
+    assert error(expected.eval()(image()).detach(), folded(image()).detach()) <= EXACT
+    assert not any(isinstance(module, TunedLayer) for module in folded.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": ["bn"]}, {"example_inputs": image()}], ids=["", "bn", "inputs"])
+def test_a_block_inside_tune_mode_gives_back_what_was(options: dict[str, Any]):
+    model = normfuse.tune_mode(network(), exclude=["block.1"]).train()
+    before = [(type(module), vars(module).get("_normfuse_tuned")) for module in model.modules()]
+    with contextlib.suppress(KeyError), normfuse.tuned(model, **options):
+        assert isinstance(model.block[1], TunedLayer)
+        raise KeyError
+    assert [(type(module), vars(module).get("_normfuse_tuned")) for module in model.modules()] == before
+    assert isinstance(model.conv(image()), NormalizedValue)
+
+
+def test_a_layer_replaced_inside_the_block_stays_as_it_is():
+    model = tuned()
+    with normfuse.tuned(model):
+        model.bn = nn.GroupNorm(2, 6).double()  # type: ignore[assignment]
+        parametrizations.weight_norm(model.block[0])
+    expected = network()
+    parametrizations.weight_norm(expected.block[0])
+    expected.bn = nn.GroupNorm(2, 6).double()  # type: ignore[assignment]
+    assert_same(gradients(set_mode(expected, True), image()), gradients(model, image()))

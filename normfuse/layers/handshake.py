@@ -31,6 +31,7 @@ from normfuse.errors import TuneModeError
 
 _graph_task, _tracing_state = torch._C._current_graph_task_id, torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
+_are_transforms_active = torch._C._are_functorch_transforms_active
 _count_modes = torch._C._len_torch_dispatch_stack
 _HOOKS_ON_ALL = (
     module_hooks._global_forward_hooks,
@@ -202,10 +203,10 @@ class Member:
 
 
 def _is_watched() -> bool:
-    """Whether something sees every call of a module or every operation, and should see those of eval mode."""
+    """Whether something sees every call of a module, or every operation, and should see those of eval mode."""
     if _is_compiling():
         return False
-    if any(_HOOKS_ON_ALL):
+    if any(_HOOKS_ON_ALL) or _are_transforms_active():
         return True
     return _count_modes() > 0 and not all(map(_is_of_torch, _get_current_dispatch_mode_stack()))
 
@@ -230,7 +231,7 @@ class NormalizedValue(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer questions about the tensor that do not read its values."""
         if func not in _QUESTIONS:
-            _refuse_reader(getattr(func, "__name__", str(func)), (args, kwargs))
+            _refuse_reader(_name(func), (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -238,21 +239,19 @@ class NormalizedValue(Tensor):
 def mark(value: Tensor, member: Member) -> Tensor:
     """Return the value of a product, marked for its norm."""
     if _is_compiling():
-        member.pair.was_compiled |= not torch.compiler.is_exporting()
+        if not torch.compiler.is_exporting():
+            member.pair.was_compiled = True
     elif member.pair.direct and type(value) is Tensor and not _is_traced_or_recomputed():
         value.__class__ = NormalizedValue
         value.member = member  # type: ignore[attr-defined]
     return value
 
 
-def is_marked(value: Any, member: Member, layer: nn.Module) -> bool:
-    """Whether a value is marked for a norm: this layer, not a clone that holds the same."""
-    return type(value) is NormalizedValue and value.member.pair is member.pair and member.seat.layer() is layer
-
-
-def unmark(value: Tensor) -> Tensor:
-    """Return a marked value without the mark."""
-    del value.member  # type: ignore[attr-defined]
+def taken(value: Any, member: Member, layer: nn.Module) -> Tensor | None:
+    """Return a value that is marked for a norm, without the mark; None where it is not, or the layer is a clone."""
+    if type(value) is not NormalizedValue or value.member.pair is not member.pair or member.seat.layer() is not layer:
+        return None
+    del value.member
     value.__class__ = Tensor  # type: ignore[assignment]
     return value
 
@@ -278,14 +277,20 @@ def _refuse_reader(reader: str, arguments: Any) -> NoReturn:
     )
 
 
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name  # of a property
+
+
 def _questions() -> Iterator[Any]:
-    properties = (
-        "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cpu is_cuda is_meta is_sparse is_nested"
-    )
-    for name in properties.split():
+    """Yield what may be asked of a marked value: what forwards ask, and compilers before they read a graph."""
+    properties = "shape dtype device layout ndim requires_grad is_leaf grad grad_fn"
+    kinds = "is_cpu is_cuda is_meta is_sparse is_nested is_quantized is_mkldnn"
+    for name in (*properties.split(), *kinds.split()):
         yield getattr(Tensor, name).__get__
     methods = "size dim stride numel nelement ndimension element_size is_contiguous is_floating_point is_complex"
-    for name in (*methods.split(), "get_device", "is_inference", "__len__", "__hash__", "__repr__"):
+    of_memory = "get_device is_inference is_conj is_neg _is_view storage_offset untyped_storage"
+    for name in (*methods.split(), *of_memory.split(), "__len__", "__hash__", "__repr__"):
         yield getattr(Tensor, name)
 
 

@@ -24,7 +24,7 @@ from normfuse.layers.change_of_class import STATE, TunedLayer, leave, original_c
 from normfuse.layers.clamp import Clamp
 from normfuse.layers.fixed_factors import WORTH, fixed_factors
 from normfuse.layers.fixed_statistics import Statistics
-from normfuse.layers.handshake import Member, is_marked, mark, may_be_unmarked, unmark
+from normfuse.layers.handshake import Member, mark, may_be_unmarked, taken
 from normfuse.layers.kept import Kept, is_distributed
 from normfuse.layers.products import Convolution, Matrix, Product
 from normfuse.layers.scaled import (
@@ -154,11 +154,10 @@ class TunedNorm(FixedStatistics):
         """
         applied: Applied | None = vars(self).get(STATE)
         x = _value(args, kwargs)
-        if applied is not None and is_marked(x, applied, self):
-            x = unmark(x)
-        elif applied is None or not applied.runs(self, x):
+        value = None if applied is None else taken(x, applied, self)
+        if applied is None or (value is None and not applied.runs(self, x)):
             return _by_statistics(self, *args, **kwargs)
-        elif not may_be_unmarked(x, applied):
+        if value is None and not may_be_unmarked(x, applied):
             applied.pair.refuse_value()
         for path in applied.tail:
             x = self.get_submodule(path)(x)
