@@ -5,7 +5,8 @@ alone costs there). The candidate, a module or the ``.onnx`` or ``.engine`` file
 compared and when it passes is in :mod:`normfuse.comparison`.
 
 A float64 candidate is held to float64 rounding: the source's own error is measured in float32 and scaled by the ratio
-of the two machine epsilons, because the judge and the source are then the same run.
+of the two machine epsilons, because the judge and the source are then the same run. Where it does not run in float32,
+its vectors are moved by one unit in the last place instead (:mod:`normfuse.rounding`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse import rerun
+from normfuse import rerun, rounding
 from normfuse.capture import readable
 from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
@@ -129,8 +130,13 @@ def _run_source(
     narrow, weight = (working, 1.0) if working is not torch.float64 else (torch.float32, _ratio())
     if narrow is not own:
         again = _try_run(like or rerun.convert(twin, narrow), samples, narrow)
-        noise += [(again, weight)] if again is not None else []
+        noise.append((again, weight) if again is not None else (_moved(model, samples, working), 1.0))
     return _Source(judge, noise)
+
+
+def _moved(model: nn.Module, samples: Sequence[Inputs], working: torch.dtype) -> list[dict[str, Any]]:
+    """Run a source that does not run in the precision of the candidate with its own rounding made as large."""
+    return [dict(rounding.moved_run(model, sample, torch.finfo(working).eps)[0]) for sample in samples]
 
 
 def _ratio() -> float:

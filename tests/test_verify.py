@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from normfuse import deploy
+from normfuse import api, deploy
 from normfuse.comparison import Comparison, Tolerance
 from normfuse.errors import CaptureError, LoadError, VerificationError
 from normfuse.rerun import Samples, sample_inputs
 from normfuse.verify import verify
+from tests.parity import randomize_norms
 
 
 class Net(nn.Module):
@@ -333,6 +334,31 @@ def test_a_model_that_allows_no_float64_is_judged_in_its_own_precision():
     broken = copy.deepcopy(model)
     broken.bias.data += 0.01
     assert not verify(model, broken, torch.randn(2, 3))
+
+
+class OfFloat64(nn.Module):
+    """Runs in float64 only: a layer is held outside of the module tree, or the type is named."""
+
+    def __init__(self, held: bool) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+        self.rest = [nn.Conv2d(4, 4, 1).double()] if held else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.instance_norm(self.bn(self.conv(x)) * self.scale)
+        return self.rest[0](y) if self.rest else torch.einsum("nchw,c->nhw", y, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_model_that_runs_in_float64_only_is_held_to_its_own_rounding(held: bool):
+    model = randomize_norms(OfFloat64(held).double().eval())
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    folded = api.fold(model, example_inputs=x, verify=False)
+    assert verify(model, folded, x)
+    with torch.no_grad():
+        folded.conv.weight[0] *= 1 + 1e-9
+    assert not verify(model, folded, x)
 
 
 def test_a_source_that_does_not_run_is_an_error_about_the_source():
