@@ -47,7 +47,7 @@ def unreached(graph: ModelGraph) -> list[str]:
 
 def _does_nothing(module: nn.Module) -> bool:
     """Whether a module cannot be called, or returns in eval mode what it is given."""
-    if type(module).forward is nn.Module.forward or isinstance(module, _DropoutNd | nn.Identity):
+    if getattr(type(module), "forward", None) is nn.Module.forward or isinstance(module, _DropoutNd | nn.Identity):
         return True
     return type(module).__name__ in _DROPS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,3 +191,25 @@ def test_a_model_that_was_not_changed_has_no_guards():
     result = normfuse.apply(model, ["fold-bn"], example_inputs=image(), exclude=["bns.0"])
     assert not guarded(result.report)
     assert torch.equal(result.model(image(), 1), model(image(), 1))
+
+
+class HoldsScript(Domains):
+    """The other branch was compiled by TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
+            self.script = torch.jit.script(nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.script(self.conv(x)) if domain else super().forward(x)
+
+
+def test_a_compiled_branch_raises_too():
+    model = built(HoldsScript)
+    result = normfuse.apply(model, ["fold-bn"], example_inputs=image())
+    assert guarded(result.report) == {"bns.1", "script"}
+    assert_parity(model, result.model, image())
+    with pytest.raises(DeployedModelError, match="script"):
+        result.model(image(), 1)
