@@ -93,7 +93,7 @@ class Gain:
         shape = graph.shape(call.output)
         rank = len(shape) if shape is not None else ranks(call.node, graph) or ranks(call.value, graph)
         if rank is None:
-            text = f"the rank of the input of {self.module} is not known"
+            text = f"the rank of the input of {self.module or 'the model'} is not known"
             raise Refused(Reason.RANK_UNKNOWN, text, "pass example_inputs")
         scale = self._values(call.scale, self.scale, graph, torch.ones(1), rank)
         if call.scale is None and self.scale is not None:
@@ -104,7 +104,8 @@ class Gain:
         values = graph.value(node) if node is not None else neutral if name is None else graph.tensor(name).detach()
         values = exact(values)
         if values.dim() > rank:
-            raise Refused(Reason.AXIS, f"a gain or shift of {self.module} has more axes than what it acts on")
+            text = f"a gain or shift of {self.module or 'the model'} has more axes than what it acts on"
+            raise Refused(Reason.AXIS, text)
         if self.axis is None or values.numel() == 1:
             return values.reshape((1,) * (rank - values.dim()) + tuple(values.shape))
         return AffineMap.along(self.axis, rank, values, values).scale

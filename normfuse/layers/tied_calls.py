@@ -41,7 +41,8 @@ class TiedCalls:
         """
         counts[name] += 1
         for norm, layer, m, n, led in self.ties:
-            if led and norm == name and counts[norm] * n > counts[layer] * m:
+            others = max(m - n, 0)  # calls of the norm that other copies of the layer lead
+            if led and norm == name and (counts[norm] - others) * n > counts[layer] * m:
                 raise DeployedModelError(
                     f"{norm} runs before {layer}, into which it was folded: the calls of a duplicated layer come in "
                     "another order than in the examples. Fold the source without duplicate_shared"

@@ -146,3 +146,21 @@ def test_duplicated_layers_are_called_as_in_the_example(order: tuple[int, ...]):
         with pytest.raises(DeployedModelError):
             folded(image(), order)
     assert_parity(model, folded, (image(), (0,)))  # the calls that there are have their own weights
+
+
+class SharedPair(nn.Module):
+    """One convolution and one norm, called twice in turn, once with its values turned around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).tanh() + self.norm(-self.conv(x.flip(3))).tanh()
+
+
+def test_a_norm_that_is_shared_as_its_layer_is_runs_in_turn_with_the_copies() -> None:
+    model = randomize_norms(SharedPair().double().eval())
+    folded = normfuse.fold(model, example_inputs=X, duplicate_shared=True)
+    assert isinstance(folded.norm, nn.Identity)
+    assert_parity(model, folded, X)

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import normfuse
 from tests.refusals.cases import Alone, Case, Net, sequence
 from tests.refusals.route_cases import bn, conv
 from tests.zoo.trap import image
 
-MERGE, AFFINE = ("merge-branches",), ("fold-affine",)
+MERGE, AFFINE, SHARED = ("merge-branches",), ("fold-affine",), ("duplicate-shared",)
 
 
 class Twice(nn.Module):
@@ -61,4 +62,24 @@ PASSES = [
     Case("bns.1 may be given values that the fold changed, and raises DeployedModelError if it runs"
          " | pass an example that runs it as well", lambda: Net(
         lambda m, x: m.bns[int(x.shape[0] > 4)](m.conv(x)).sigmoid(), conv=conv(), bns=nn.ModuleList([bn(), bn()]))),
+    # gains
+    Case("the rank of the input of 0 is not known | pass example_inputs", tokens, None, passes=AFFINE,
+         advice=lambda m: {"example_inputs": image(2, 6)}),
+    Case("the gain or shift of :layer_norm is computed at every call", lambda: Net(
+        lambda m, x: m.linear(nn.functional.layer_norm(x, (6,), m.gain.exp())), linear=nn.Linear(6, 2),
+        gain=nn.Parameter(torch.randn(6))), ((2, 6),), passes=AFFINE),
+    Case("a gain or shift of the model has more axes than what it acts on", lambda: Alone(
+        lambda m, x: m.linear(m.flat(x) * m.gain), flat=nn.Flatten(), linear=nn.Linear(6, 2),
+        gain=nn.Parameter(torch.randn(1, 1, 6))), None, passes=AFFINE),
+    # layers that several calls share
+    Case("conv is shared by code that calls its function directly", lambda: Net(
+        lambda m, x: m.bn(m.conv(x)).sigmoid() + nn.functional.conv2d(x, m.conv.weight, m.conv.bias), conv=conv(),
+        bn=bn()), passes=SHARED),
+    Case("conv is not called equally often in every example", lambda: Net(
+        lambda m, x: m.bn(m.conv(x)).sigmoid() + (m.conv(x) + m.conv(x) if x.shape[0] > 1 else m.conv(x)), conv=conv(),
+        bn=bn()), None, passes=SHARED,
+        options={"example_inputs": normfuse.Examples(image(2, 4, 6, 6), image(1, 4, 6, 6))}),
+    Case("conv is used in another way by another example", lambda: Net(
+        lambda m, x: m.bn(m.conv(x)).sigmoid() if x.shape[0] > 1 else m.conv(x), conv=conv(), bn=bn()), None,
+        passes=SHARED, options={"example_inputs": normfuse.Examples(image(2, 4, 6, 6), image(1, 4, 6, 6))}),
 ]  # fmt: skip

@@ -13,9 +13,20 @@ from typing import Any
 from normfuse.base import Refusal, Refused
 
 ROOT = Path(__file__).resolve().parents[2]
-COVERED = ("absorbers", "absorption", "affine", "gather", "joining", "legality", "norms", "passing", "pipeline")
+COVERED = (
+    "absorbers",
+    "absorption",
+    "affine",
+    "gains",
+    "gather",
+    "joining",
+    "legality",
+    "norms",
+    "passing",
+    "pipeline",
+)
 COVERED = (*COVERED, "product_calls", "routes", "rules")
-PASSES = ("fold_affine", "fold_bn", "merge_branches")
+PASSES = ("duplicate_shared", "fold_affine", "fold_bn", "merge_branches")
 """The modules of which every refusal needs a case: what folds norms, by way of routes."""
 
 
