@@ -27,6 +27,7 @@ from normfuse.capture.modes import eval_mode
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, function_name
 from normfuse.operations import named
+from normfuse.patches import patched
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _SAME_PADDED = {
@@ -197,6 +198,9 @@ def _as_plain_layer(site: _OwnForward, graph: ModelGraph) -> _OwnForward:
 
 def _plain_class(site: _OwnForward, module: nn.Module) -> str:
     """Return the class that does with a plain weight what the layer does with the computed one."""
+    if (method := patched(module)) is not None:
+        text = f"{_joined(site.module, method)} was replaced on the instance, and would compute the weight again"
+        raise Refused(Reason.FORWARD_OVERRIDDEN, text, f"del {_joined(site.module, method)}")
     own = f"{type(module).__module__}.{type(module).__qualname__}"
     if own in _SAME_PADDED and getattr(module, "same_pad", False):
         return _SAME_PADDED[own]

@@ -301,6 +301,18 @@ def test_refuses_a_forward_that_does_more(layer: nn.Module):
     assert refusal_of(nn.Sequential(layer)).reason is normfuse.Reason.FORWARD_OVERRIDDEN
 
 
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_refuses_a_layer_whose_method_was_replaced(method: str):
+    model = randomised(nn.Sequential(StandardizedConv(4, 6, 3), nn.BatchNorm2d(6)))
+    setattr(model[0], method, getattr(type(model[0]), method).__get__(model[0]))
+    assert_same(model, normfuse.fold(copy.deepcopy(model), example_inputs=X, inplace=True))
+    refusal = refusal_of(model)
+    assert refusal.reason is normfuse.Reason.FORWARD_OVERRIDDEN
+    assert refusal.hint == f"del 0.{method}"
+    delattr(model[0], method)
+    assert only(materialized(model), "0.weight").status is Status.APPLIED
+
+
 class Reader(nn.Module):
     """Uses the raw weight of a layer that standardizes it."""
 
