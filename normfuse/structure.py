@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from normfuse.holders import Holders
 
-_CONTAINERS = (dict, list, set, collections.deque)
+_WALKED = (nn.Module, dict, list, set, collections.deque, tuple)
 
 
 class Structure:
@@ -46,7 +46,7 @@ class Structure:
         found, seen = collections.deque[Any]([model]), set[int]()
         while found:
             value = found.popleft()
-            if id(value) in seen or not isinstance(value, (nn.Module, tuple, *_CONTAINERS)):
+            if id(value) in seen:
                 continue
             seen.add(id(value))
             if isinstance(value, nn.Module):
@@ -55,7 +55,8 @@ class Structure:
                 continue
             if not isinstance(value, tuple):
                 self._contents.append((value, _content(value)))
-            found.extend(value.values() if isinstance(value, dict) else value)
+            items = value.values() if isinstance(value, dict) else value
+            found.extend(item for item in items if isinstance(item, _WALKED))
 
     @contextlib.contextmanager
     def for_a_moment(self, model: nn.Module) -> Iterator[None]:
@@ -92,6 +93,8 @@ def _content(container: Any) -> tuple[list[Any], list[Any]]:
 
 def _refill(container: Any, content: tuple[list[Any], list[Any]]) -> None:
     """Give a container the items back that it held; one that holds them still is not touched."""
+    if not container and not content[0]:
+        return
     if all(_identical(now, before) for now, before in zip(_content(container), content, strict=True)):
         return
     container.clear()
