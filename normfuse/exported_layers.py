@@ -66,13 +66,13 @@ def _layer(node: fx.Node, holder: nn.Module) -> nn.Module | None:
     layer = make(node, given, holder) if make is not None else None
     if layer is None:
         return None
-    for name in layer._parameters:
+    given_to = {*tensors, "num_batches_tracked"}  # what the holder has beside them, the call does not take
+    for name in given_to & layer._parameters.keys():
         layer._parameters[name] = holder._parameters.get(name)
-    for name in layer._buffers:
+    for name in given_to & layer._buffers.keys():
         layer._buffers[name] = holder._buffers.get(name)
-    lost = {name for name, _ in _held(holder)} - {name for name, _ in _held(layer)}
-    missing = tensors.keys() - {name for name, _ in _held(layer)}
-    return None if lost or missing else layer.train(False)
+    same = {name for name, _ in _held(holder)} == {name for name, _ in _held(layer)} >= tensors.keys()
+    return layer.train(False) if same else None
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
