@@ -25,10 +25,10 @@ from normfuse.capture import record, trace
 from normfuse.capture.leaves import base_layer
 from normfuse.errors import CaptureError
 from normfuse.graph import ModelGraph, function_name
-from normfuse.layers.handshake import is_patched
 from normfuse.legality import require_no_hooks, require_plain, require_unwatched
 from normfuse.norms import Norm
 from normfuse.operations import describe
+from normfuse.patches import patched
 from normfuse.routes import Plan, Router
 from normfuse.scopes import common_tail
 
@@ -125,8 +125,10 @@ def require_range(pair: FoundPair, norm: nn.Module, graph: ModelGraph) -> None:
 
 
 def _require_unpatched(name: str, graph: ModelGraph) -> None:
-    if is_patched(graph.module(name)):
-        raise Refused(Reason.FORWARD_OVERRIDDEN, f"a forward was put on the instance {name}, not on its class")
+    method = patched(graph.module(name))
+    if method is not None:
+        text = f"{name} computes by a {method} that was put on the instance, not by that of its class"
+        raise Refused(Reason.FORWARD_OVERRIDDEN, text, "undo the patch")
 
 
 def _require_own_values(norm: Norm, graph: ModelGraph) -> None:

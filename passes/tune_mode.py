@@ -24,7 +24,8 @@ from normfuse.graph import ModelGraph, has_hooks, is_uninitialized
 from normfuse.layers.affine_inference import AffineInference
 from normfuse.layers.change_of_class import enter
 from normfuse.layers.handshake import Pair, Seat
-from normfuse.layers.tuned import Applied, FixedNorm, Pairing, TunedNorm, TunedProduct, TunedReLU6
+from normfuse.layers.normalized_layer import Pairing
+from normfuse.layers.tuned import Applied, FixedNorm, TunedNorm, TunedProduct, TunedReLU6
 
 
 class TuneMode(Pass):

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 import normfuse
 from normfuse.layers.change_of_class import enter
 from normfuse.layers.handshake import Pair, Seat
-from normfuse.layers.tuned import Pairing, TunedProduct
+from normfuse.layers.normalized_layer import Pairing
+from normfuse.layers.tuned import TunedProduct
 from tests.parity import EXACT, cloned, error, randomize_norms, tensors
 
 FLOOR = 1e-6

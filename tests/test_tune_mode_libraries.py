@@ -21,7 +21,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import normfuse
 from normfuse.layers.change_of_class import TunedLayer
-from normfuse.layers.handshake import NormalizedValue
+from normfuse.layers.normalized_value import NormalizedValue
 from tests.gradients import assert_same, gradients, hard_norms, set_mode
 from tests.parity import EXACT, error
 from tests.zoo.trap import image

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 import normfuse
-from normfuse.layers.handshake import NormalizedValue
+from normfuse.layers.normalized_value import NormalizedValue
 from tests.gradients import assert_same, gradients, hard_norms, set_mode
 from tests.parity import EXACT, error
 from tests.zoo import ZOO

@@ -1,4 +1,4 @@
-"""The compiled form of what :mod:`.tuned` does with a convolution in the memory of a CPU, in one call.
+"""The compiled form of what :mod:`.normalized_layer` does with a convolution in the memory of a CPU, in one call.
 
 It is built by :func:`normfuse.build_kernels` (:mod:`normfuse.native`), and used only after its values and gradients
 have been those of the formula on trial convolutions. It keeps what the Python form keeps, for backward and from call

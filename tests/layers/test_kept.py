@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.layers.tuned import Pairing
+from normfuse.layers.normalized_layer import Pairing
 from tests.gradients import hard_norms
 from tests.parity import EXACT, error
 from tests.zoo.trap import image
