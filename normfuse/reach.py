@@ -42,7 +42,14 @@ def unreached(graph: ModelGraph) -> list[str]:
         used = any(graph.uses(f"{name}.{key}") for key in tensors)
         if not (name in called or graph.call_sites(name) or used or _does_nothing(module)):
             names.append(name)
-    return names
+    return [name for name in names if not _runs_by_a_method(name, graph)]
+
+
+def _runs_by_a_method(name: str, graph: ModelGraph) -> bool:
+    """Whether something holds a method of a module (``self.run = self.block.forward``) in which a layer ran."""
+    ran = {str(node.target) for node in graph.nodes if node.op == "call_module"} | {call.name for call in graph.calls}
+    inside = any(one.startswith(f"{name}.") for one in ran)
+    return inside and graph.holders.frozen(graph.module(name)) is not None
 
 
 def _does_nothing(module: nn.Module) -> bool:

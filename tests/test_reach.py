@@ -146,6 +146,28 @@ def test_a_layer_that_is_called_by_its_forward_ran(example: Tensor | None):
     assert_parity(model, result.model, image())
 
 
+class HoldsForward(Domains):
+    """Calls a block by its ``forward``, which a dictionary holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.steps = {"run": self.block.forward}
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return super().forward(self.steps["run"](x), domain)
+
+
+@pytest.mark.parametrize("example", [image(), None])
+def test_a_block_whose_forward_is_held_and_called_ran(example: Tensor | None, tmp_path: Path):
+    model = built(HoldsForward)
+    result = normfuse.apply(model, ["fold-bn"], example_inputs=example)
+    assert guarded(result.report) == {"bns.1"}
+    torch.save(result.model, tmp_path / "whole.pt")
+    for folded in (result.model, copy.deepcopy(result.model), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert_parity(model, folded, image())
+
+
 def test_the_guard_is_undone_by_hand():
     model = built(Domains)
     folded = normfuse.fold(model, example_inputs=image())
