@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from normfuse import surgery
 from normfuse.examples import Examples, Inputs
 from normfuse.holders import Holders
+from normfuse.layers.padding import notes_padding
 from normfuse.layers.tied_calls import counts_only
 from normfuse.named_tensors import own_tensors, tensor_aliases
 from normfuse.surgery import Edit, module_names
@@ -245,9 +246,9 @@ class ModelGraph:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything watches, or changes, what a module takes or returns; what only counts its calls does not."""
+    """Whether anything watches, or changes, what a module takes or returns; what counts or notes calls does not."""
     own = [hook for name in _HOOKS for hook in (vars(module).get(name) or {}).values()]
-    return not all(map(counts_only, own)) or global_hook() is not None
+    return not all(counts_only(hook) or notes_padding(hook) for hook in own) or global_hook() is not None
 
 
 def global_hook() -> Any:

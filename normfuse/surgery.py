@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from normfuse import computed
 from normfuse.holders import Holders
+from normfuse.layers.padding import note_padding
 from normfuse.names import require_plain
 
 Spec = Mapping[str, Any]
@@ -297,6 +298,7 @@ _EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "tie": _tie,
     "drop": _drop,
     "count_calls": _count_calls,
+    "note_padding": lambda root, edit: note_padding(root),
     "resize": _resize,
     "separate": _separate,
     "guard": _guard,

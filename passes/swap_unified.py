@@ -17,13 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from normfuse.base import Reason, Refused
+from normfuse.base import Match, Reason, Refused
 from normfuse.calibration import Moments
+from normfuse.graph import ModelGraph
 from normfuse.norm_forms import Form
 from normfuse.norm_swap import NormSwap
 from normfuse.surgery import Spec
 
 Start = Literal["least-squares", "copy"]
+NOTE_PADDING = {"op": "note_padding"}
 STARTS: tuple[Start, ...] = ("least-squares", "copy")
 
 
@@ -57,3 +59,9 @@ class SwapUnified(NormSwap):
             raise Refused(Reason.NONFINITE, "the fitted gain or shift is not finite")
         spec = {"class": "normfuse.layers.unified_norm.UnifiedNorm", "kwargs": kwargs}
         return spec, {"weight": gain, "bias": shift, "running_second_moment": nu}
+
+    def apply(self, match: Match, graph: ModelGraph) -> None:
+        """Put the new norm in the place of the old one; masks of the model's own are noted for it in training."""
+        super().apply(match, graph)
+        if NOTE_PADDING not in graph.edits:
+            graph.perform(NOTE_PADDING)

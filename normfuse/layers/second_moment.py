@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from normfuse import numerics
 from normfuse.layers.affine_inference import AffineInference
+from normfuse.layers.padding import noted_padding
+from normfuse.layers.recomputation import recorded
 from normfuse.layers.wide_statistics import WideStatistics, narrowed
 
 if TYPE_CHECKING:
@@ -139,7 +141,8 @@ class SecondMomentNorm(WideStatistics, AffineInference, nn.Module, ABC):
         Args:
             x: Channels on axis ``dim``; any other axes.
             padding_mask: Bool, of the shape of ``x`` without the channel axis, True at padding. Padding tokens are in
-                no statistic, pass no gradient on and add none to the gain and shift. Unused in eval mode.
+                no statistic, pass no gradient on and add none to the gain and shift. Unused in eval mode. If None, the
+                mask that the model itself was called with, where norms were swapped (:mod:`normfuse.layers.padding`).
 
         Returns:
             Shape and dtype of ``x``.
@@ -154,9 +157,20 @@ class SecondMomentNorm(WideStatistics, AffineInference, nn.Module, ABC):
         if padding_mask is not None:
             _check_mask(padding_mask, x, axis)
         if self.training:
+            if padding_mask is None and not torch.compiler.is_compiling():
+                padding_mask = self._noted_padding(x, axis)
             return self._train(x, padding_mask, axis)
         scale = self.weight * torch.rsqrt(self.running_second_moment.to(self._precision(x)) + self.eps)
         return self._affine(x, scale, self.bias, axis)
+
+    def _noted_padding(self, x: Tensor, axis: int) -> Tensor | None:
+        """Return the padding that a module around notes, or that was noted where this forward is recomputed."""
+
+        def noted() -> tuple[Tensor, ...]:
+            padding = noted_padding(x, axis)
+            return () if padding is None else (padding,)
+
+        return next(iter(recorded(self, noted)), None)
 
     @abstractmethod
     def _train(self, x: Tensor, padding_mask: Tensor | None, axis: int) -> Tensor: ...

@@ -31,9 +31,10 @@ HOOKS = (
     "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
     "torch.nn.utils.spectral_norm.SpectralNormStateDictHook",
     *(f"normfuse.layers.tied_calls.{name}" for name in ("TiedCalls", "BeginRun", "CountCall", "EndRun")),
+    *(f"normfuse.layers.padding.{name}" for name in ("NotePadding", "ForgetPadding")),
 )
 """Hooks that torch itself registers on a module, objects that hold a name and a dimension; and those of folded models,
-that count calls."""
+that count calls, and of swapped ones, that note masks."""
 
 WRAPPED_HOOK = "torch.nn.modules.module._WrappedHook"
 
