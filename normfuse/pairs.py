@@ -8,7 +8,7 @@ mode, since a model may do in training what its eval mode does not show.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +202,15 @@ def _require_keeping(plan: Plan, graph: ModelGraph) -> None:
             raise Refused(Reason.OPAQUE_OPERATION, f"{operation.label} lies between, which training can change")
 
 
+def _require_called(absorber: Absorber, calls: Iterable[fx.Node], graph: ModelGraph) -> None:
+    """Refuse a layer whose weight a function takes outside of its ``forward``: it would not see the norm."""
+    for node in calls:
+        inside = any(call.name == absorber.owner for call in node.meta.get("scope", ()))
+        if node.op != "call_module" and not inside:
+            text = f"{absorber.name} is not called: its weight is read by {describe(node, graph).label}"
+            raise Refused(Reason.UNSUPPORTED_LAYER, text)
+
+
 def _channels(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelGraph) -> tuple[int, ...]:
     """Return the norm's channels in the order in which a layer makes them, if every call of it says the same."""
     module = graph.module(absorber.owner) if absorber.kind in ("conv", "linear") else None
@@ -211,6 +220,7 @@ def _channels(absorber: Absorber, calls: dict[fx.Node, AffineMap], graph: ModelG
     if base_layer(module) is None and not adapters.pads_same(module):
         text = f"{absorber.name} ({type(module).__name__}) has a forward of its own"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)
+    _require_called(absorber, calls, graph)
     require_plain(absorber, graph)
     sites = graph.call_sites(absorber.name) or graph.uses(absorber.weight)
     first, *others = calls.values()

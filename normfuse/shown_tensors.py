@@ -10,7 +10,7 @@ from normfuse.computed import makers
 from normfuse.graph import ModelGraph, function_name
 
 _UNCHANGED = ("data", "detach", "alias", "contiguous", "clone", "lift_fresh")
-_TRANSPOSES = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
+_TRANSPOSES = ("t", "T", "mT", "numpy_T", "transpose", "swapaxes", "swapdims", "permute")
 
 
 def shown_tensor(node: fx.Node, graph: ModelGraph) -> tuple[str | None, bool]:

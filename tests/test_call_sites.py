@@ -158,3 +158,79 @@ def test_every_call_in_an_exported_program(product: str, call: str, holder: str,
     if holder == "layer":
         assert (norm.status is Status.APPLIED) is not (bias and call in ADDS_NONE)
     assert_parity(model, result.model, inputs)
+
+
+MATRICES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "addmm": lambda m, x: torch.addmm(m.b, x, m.w),
+    "addmm by keyword": lambda m, x: torch.addmm(input=m.b, mat1=x, mat2=m.w),
+    "method": lambda m, x: m.b.addmm(x, m.w),
+    "matmul and add": lambda m, x: x @ m.w + m.b,
+    "mm and add": lambda m, x: torch.mm(x, m.w).add(m.b),
+    "transposed": lambda m, x: torch.addmm(m.b, x, m.v.T),
+    "transposed by method": lambda m, x: x.matmul(m.v.transpose(0, 1)) + m.b,
+    "permuted": lambda m, x: F.linear(x, m.w.permute(1, 0), m.b),
+    "t": lambda m, x: F.linear(x, m.w.t(), bias=m.b),
+    "embedding": lambda m, x: F.embedding((x > 0).long().sum(1), m.w),
+    "embedding of torch": lambda m, x: torch.embedding(m.w, (x > 0).long().sum(1)),
+    "matmul alone": lambda m, x: x @ m.w,
+    "scaled": lambda m, x: torch.addmm(m.b, x, m.w, beta=2),
+    "weight on the left": lambda m, x: (m.v @ x.T).T,
+}
+WITHOUT_PLACE = ("matmul alone", "scaled", "weight on the left")
+
+
+class OnMatrix(nn.Module):
+    """A product with a matrix, between two norms."""
+
+    def __init__(self, product: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.v, self.b = (nn.Parameter(torch.randn(*size)) for size in ((6, 4), (4, 6), (4,)))
+        self.norm, self.product = nn.BatchNorm1d(4), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.product(self, x))
+
+
+@pytest.mark.parametrize("form", ["recorded", "traced", "exported"])
+@pytest.mark.parametrize("product", MATRICES)
+def test_every_product_with_a_matrix(product: str, form: str):
+    torch.manual_seed(0)
+    inputs = image(3, 6)
+    model = randomize_norms(OnMatrix(MATRICES[product]).double().eval())
+    source: Any = torch.export.export(model, (inputs,)) if form == "exported" else model
+    result = api.apply(source, api.EXACT_PASSES, example_inputs=inputs if form != "traced" else None)
+    (norm,) = result.report.norms
+    if form != "traced":
+        assert (norm.status is Status.APPLIED) is (product not in WITHOUT_PLACE)
+    assert_parity(model, result.model, inputs)
+
+
+class TwoCalls(nn.Module):
+    """One weight in two calls, a norm behind each or behind their sum."""
+
+    def __init__(self, first: Callable[..., Tensor], second: Callable[..., Tensor], shared: bool) -> None:
+        super().__init__()
+        self.layer, self.norm, self.other = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.calls, self.shared = (first, second), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (call(self.layer, x) for call in self.calls)
+        return self.norm(first) * (self.norm if self.shared else self.other)(second.tanh())
+
+
+TWICE: dict[str, Callable[..., Tensor]] = {
+    "module": lambda layer, x: layer(x),
+    "bias": lambda layer, x: F.linear(x, layer.weight, layer.bias),
+    "no bias": lambda layer, x: F.linear(x, layer.weight),
+    "transposed": lambda layer, x: x @ layer.weight.T,
+}
+
+
+@pytest.mark.parametrize("duplicate", [True, False], ids=["duplicated", ""])
+@pytest.mark.parametrize("shared", [True, False], ids=["one norm", "two norms"])
+@pytest.mark.parametrize("second", TWICE)
+@pytest.mark.parametrize("first", TWICE)
+def test_one_weight_in_two_calls(first: str, second: str, shared: bool, duplicate: bool):
+    model = randomize_norms(TwoCalls(TWICE[first], TWICE[second], shared).double().eval())
+    folded = api.fold(model, example_inputs=image(3, 4), duplicate_shared=duplicate)
+    assert_parity(model, folded, image(3, 4))

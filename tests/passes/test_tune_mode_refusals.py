@@ -223,3 +223,24 @@ def test_lazy_layers_without_values():
 
 def test_no_running_statistics():
     assert reason(ZOO["without_running_statistics"].build()) is Reason.BATCH_STATISTICS
+
+
+class CallsTheFunction(ConvBN):
+    """A function takes the parameters of the convolution, which is not called."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.adds = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.conv.bias if self.adds else None
+        return self.bn(F.conv2d(x, self.conv.weight, bias, self.conv.stride, self.conv.padding)).sigmoid()
+
+
+@pytest.mark.parametrize("inputs", [image(), None], ids=["recorded", "traced"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_is_not_called_is_not_paired(bias: bool, inputs: Tensor | None):
+    model = hard_norms(CallsTheFunction(bias).double())
+    assert reason(model, inputs) is Reason.UNSUPPORTED_LAYER
+    expected = model.eval()(image())
+    assert torch.equal(normfuse.tune_mode(model, example_inputs=inputs).eval()(image()), expected)
