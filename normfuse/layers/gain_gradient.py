@@ -13,7 +13,8 @@ networks ``|T|`` is 0.8 to 3 times the gradient, so the error of what the first 
 ``V``, which eval mode has too.
 
 To compare them would make a program wait for its GPU. There the second form is taken for norms with a mean that is more
-than 4 deviations away from the bias, which is looked up when the statistics change.
+than 4 deviations away from the bias, which is looked up when the statistics change (and at each step where a product
+makes its channels in another order than the norm's).
 """
 
 from __future__ import annotations

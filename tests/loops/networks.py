@@ -109,7 +109,7 @@ def _block(draw: Draw, dims: int, channels: int) -> tuple[nn.Module, int]:
         return nn.Sequential(Joined(*parts, NORMS[dims](2 * out)), draw.choice(ACTIVATIONS)()), 2 * out
     layers = [_convolution(draw, dims, channels, out)]
     if draw.random() < 0.15:
-        layers.append({1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](2))
+        layers.append({1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](2, stride=1, padding=1))
     norm = NORMS[dims](out, eps=draw.choice((1e-5, 1e-3)), affine=draw.random() < 0.9)
     return nn.Sequential(*layers, norm, draw.choice(ACTIVATIONS)()), out
 
@@ -118,7 +118,7 @@ def _convolution(draw: Draw, dims: int, channels: int, out: int) -> nn.Module:
     bias, groups = draw.random() < 0.5, draw.choice((1, 2))
     if draw.random() < 0.2:
         return TRANSPOSED[dims](channels, out, 2, stride=2, groups=groups, bias=bias)
-    mode = draw.choice(("zeros", "zeros", "circular"))
+    mode = draw.choice(("zeros", "zeros", "replicate"))
     stride, dilation = draw.choice(((1, 1), (2, 1), (1, 2)))
     options = {"stride": stride, "dilation": dilation, "padding": dilation, "padding_mode": mode}
     return CONVOLUTIONS[dims](channels, out, 3, groups=groups, bias=bias, **options)

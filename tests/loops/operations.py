@@ -108,7 +108,9 @@ def deepcopy(side: Side, draw: Draw) -> None:
 
 
 def _can_be_pickled(side: Side) -> bool:
-    return not side.handles and not any(parametrize.is_parametrized(module) for module in side.model.modules())
+    """Whether nothing is on the model that torch does not pickle."""
+    modules = list(side.model.modules())
+    return not side.handles and not any(parametrize.is_parametrized(m) or "forward" in vars(m) for m in modules)
 
 
 def pickled(side: Side, draw: Draw) -> None:
@@ -391,7 +393,7 @@ def synchronized(side: Side, draw: Draw) -> None:
 
 
 def _made_like(norm: nn.Module) -> nn.Module:
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     kind = next(kind for kind in kinds if isinstance(norm, kind))
     made = kind(norm.num_features, norm.eps, affine=norm.affine).double().eval()  # type: ignore[arg-type]
     made.load_state_dict(norm.state_dict())
