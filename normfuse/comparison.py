@@ -15,10 +15,14 @@ With a tolerance the candidate passes when every element has
 
     |new - r| <= atol + rtol * |r|.
 
+Both sides of the inequality are taken row by row along the first axis: in a row whose largest element is a tenth of the
+output's, a difference counts ten times, so that samples of large outputs do not hide those of small ones. And values of
+a mask (-1e9 beside logits) are judged apart: they are no scale of the rest.
+
 An allowance over a tenth of ``max|r|`` would let anything pass: such a source (a detector that sorts boxes by nearly
 equal scores) cannot be judged at that precision, and the comparison fails and says so, unless the candidate repeats
 the source's own run to the last bit. Integer outputs must equal those of one of the two runs of the source. NaN and
-overflow never pass.
+infinity pass only where the source has them in the same places. An output that does not depend on the input is noted.
 """
 
 from __future__ import annotations
@@ -34,7 +38,11 @@ from torch import Tensor
 K = 10.0
 FLOOR = 4.0
 CEILING = 0.1
+_NO_NAN = "the source itself gives NaN in output {!r}, the candidate does not"
 _MASK = 1e30  # a mask value such as finfo.min is not the scale of an output
+_APART = 1000.0  # times the smaller values of an output: what a mask is at least
+_ALIKE = 1e-3  # how far the values of a mask differ among each other, at most
+_SMALLEST_ROW = 0.1  # of the usual row: what is smaller counts as that, since a row may be zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,13 @@ class OutputError:
     rows: int = 0
     leads: list[float] = field(default_factory=list)
     fault: str = ""
+    masked: OutputError | None = None
+    constant: Tensor | None = None
+    varies: bool = False
+
+    def parts(self) -> list[OutputError]:
+        """Return what is judged each by its own scale: the output, and the values of a mask in it."""
+        return [self] if self.masked is None else [self, self.masked]
 
     def add(self, judge: Tensor, new: Tensor, noise: Iterable[tuple[Tensor, float]]) -> None:
         """Take in one sample: the float64 run, the candidate, and runs of the source with the weight of their error."""
@@ -159,30 +174,52 @@ class OutputError:
         elif _exact(judge):
             self._add_exact(judge, new, [tensor for tensor, _ in noise])
         elif judge.numel():
-            self._add_floating(_wide(judge), _wide(new), noise)
+            runs = [(_wide(run), weight) for run, weight in noise if run.shape == judge.shape]
+            self._add_floating(_wide(judge), _wide(new), runs)
 
     def _add_exact(self, judge: Tensor, new: Tensor, runs: Sequence[Tensor]) -> None:
         if not any(torch.equal(run.cpu().long(), new.cpu().long()) for run in (judge, *runs)):
             wrong = int((judge.cpu().long() != new.cpu().long()).sum())
             self.fault = f"output {self.name!r} differs in {wrong} of {judge.numel()} integers"
 
-    def _add_floating(self, judge: Tensor, new: Tensor, noise: Iterable[tuple[Tensor, float]]) -> None:
-        if bool(judge.isnan().any()):
-            self.fault = f"the source itself gives NaN in output {self.name!r}"
-        elif bool(new.isnan().any()):
-            self.fault = f"output {self.name!r} has NaN"
+    def _add_floating(self, judge: Tensor, new: Tensor, runs: list[tuple[Tensor, float]]) -> None:
+        if bool((judge.isnan() != new.isnan()).any()):
+            own = "; the source itself gives NaN, elsewhere" if bool(judge.isnan().any()) else ""
+            self.fault = f"output {self.name!r} has NaN{own}" if bool(new.isnan().any()) else _NO_NAN.format(self.name)
+        elif bool(judge.isnan().all()):
+            self.fault = f"the source itself gives NaN in output {self.name!r}, and nothing else"
+        where = judge.isnan() & new.isnan()
+        judge, new = judge.masked_fill(where, 0.0), new.masked_fill(where, 0.0)
+        runs = [(run.masked_fill(where, 0.0), weight) for run, weight in runs]
+        self._see_constant(judge[~where])
+        mask = _mask_of(judge)
+        if mask is not None:
+            self.masked = self.masked or OutputError(f"{self.name} (masked values)", self.rtol)
+            self.masked._add_part(*_chosen(judge, new, runs, mask))
+            judge, new = judge.masked_fill(mask, 0.0), new.masked_fill(mask, 0.0)
+            runs = [(run.masked_fill(mask, 0.0), weight) for run, weight in runs]
+        self._add_part(judge, new, runs)
+        self._add_similarity(judge, new)
+
+    def _add_part(self, judge: Tensor, new: Tensor, runs: list[tuple[Tensor, float]]) -> None:
         difference = _difference(judge, new)
         size = judge.abs().nan_to_num(0.0, 0.0)
-        self.scale = max(self.scale, float(size.where(size < _MASK, 0.0).max()))
+        size = size.where(size < _MASK, 0.0)
+        weights = _row_weights(size)
+        self.scale = max(self.scale, float(size.max()))
         self.error = max(self.error, float(difference.max()))
         self.excess = max(self.excess, float((difference - self.rtol * size).max()))
-        runs = [(_wide(run), weight) for run, weight in noise if run.shape == judge.shape]
         for run, weight in runs:
-            own = float(_difference(judge, run).max()) * weight
+            own = float((_difference(judge, run) * weights).max()) * weight
             self.noise = max(self.noise, own if math.isfinite(own) else 0.0)
         if not any(torch.equal(run, new) for run, _ in runs) or not bool(difference.isfinite().all()):
-            self.unexplained = max(self.unexplained, float(difference.max()))
-        self._add_similarity(judge, new)
+            self.unexplained = max(self.unexplained, float((difference * weights).max()))
+
+    def _see_constant(self, judge: Tensor) -> None:
+        """Note whether the output is one value whatever the input, over all samples."""
+        first = self.constant if self.constant is not None or not judge.numel() else judge[0]
+        self.varies = self.varies or judge.numel() < 2 or bool((judge != first).any())
+        self.constant = first
 
     def _add_similarity(self, judge: Tensor, new: Tensor) -> None:
         self.cosine = min(self.cosine, _cosine(judge.flatten(), new.flatten()))
@@ -194,7 +231,9 @@ class OutputError:
             self.rows += len(other)
 
     def note(self) -> str:
-        """Return what to know about an output that passed only because it repeats the source's own run."""
+        """Return what to know about an output that passed without showing much."""
+        if self.constant is not None and not self.varies:
+            return f"output {self.name!r} is {float(self.constant):g} everywhere, which shows little"
         if self.fault or self.unexplained or self.error <= CEILING * self.scale:
             return ""
         return f"output {self.name!r} repeats the source's own run, which is itself off by {self.error:.1e}"
@@ -213,6 +252,38 @@ class OutputError:
         if self.unexplained > allowed:
             return f"{text}, rounding explains {allowed:.1e}"
         return f"{text}, as the source itself is in this precision ({self.noise:.1e}): compare in float64"
+
+
+def _mask_of(judge: Tensor) -> Tensor | None:
+    """Return where an output holds the values of a mask: nearly one value, far above the others; None for nowhere."""
+    size = judge.abs().flatten()
+    sample = size[:: max(1, size.numel() // 100_000)]
+    sample = sample[(sample > 0) & (sample < _MASK)]
+    if sample.numel() < 2:
+        return None
+    usual = float(sample.kthvalue(1 + sample.numel() // 10).values)
+    large = (judge.abs() > _APART * usual) & (judge.abs() < _MASK)
+    values = judge[large]
+    if not values.numel() or float(values.max() - values.min()) > _ALIKE * float(values.abs().max()):
+        return None
+    return large
+
+
+def _chosen(
+    judge: Tensor, new: Tensor, runs: list[tuple[Tensor, float]], mask: Tensor
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, float]]]:
+    return judge[mask], new[mask], [(run[mask], weight) for run, weight in runs]
+
+
+def _row_weights(size: Tensor) -> Tensor:
+    """Return by how much a difference in each row counts, at least 1, in a shape that broadcasts to ``size``."""
+    if size.dim() < 2 or size.shape[0] < 2:
+        return torch.ones((), dtype=size.dtype)
+    rows = size.flatten(1).amax(1)
+    largest = rows.max()
+    weights = largest / rows.clamp(min=_SMALLEST_ROW * rows.median()).clamp(min=torch.finfo(size.dtype).tiny)
+    weights = torch.ones_like(rows) if not bool(largest > 0) else weights.clamp(min=1.0)
+    return weights.reshape(-1, *[1] * (size.dim() - 1))
 
 
 def _exact(tensor: Tensor) -> bool:
@@ -248,16 +319,17 @@ def summarize(
     **details: Any,
 ) -> Comparison:
     """Return the comparison over all outputs; ``details`` are the remaining fields of :class:`Comparison`."""
-    failures = [text for output in outputs if (text := output.verdict(tolerance, eps, ceiling))]
+    parts = [part for output in outputs for part in output.parts()]
+    failures = [text for part in parts if (text := part.verdict(tolerance, eps, ceiling))]
     rows = sum(output.rows for output in outputs)
     faulty = any(output.fault for output in outputs)
-    excess = math.inf if faulty else max(output.excess for output in outputs)
+    excess = math.inf if faulty else max(part.excess for part in parts)
     return Comparison(
         passed=not failures,
-        max_abs=max(output.error for output in outputs),
-        max_rel=max(_relative(output.error, output.scale) for output in outputs),
+        max_abs=max(part.error for part in parts),
+        max_rel=max(_relative(part.error, part.scale) for part in parts),
         required=Tolerance(rtol=tolerance.rtol if tolerance else 0.0, atol=excess),
-        reference_error=max(_relative(output.noise, output.scale) for output in outputs),
+        reference_error=max(_relative(part.noise, part.scale) for part in parts),
         cosine=min(output.cosine for output in outputs),
         top1=(sum(output.agreeing for output in outputs), rows) if rows else None,
         diverges_at=None,

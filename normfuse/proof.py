@@ -148,8 +148,9 @@ class Proof:
 
     def explains(self, error: OutputError, times: float = 1.0) -> bool:
         """Whether rounding explains an error, or one so many times as large, be it ever so large itself."""
-        allowed = K * error.noise + self.floor * error.scale
-        return not error.fault and error.unexplained <= times * allowed
+        allowed = [K * part.noise + self.floor * part.scale for part in error.parts()]
+        within = all(p.unexplained <= times * a for p, a in zip(error.parts(), allowed, strict=True))
+        return not error.fault and within
 
     def comparison(self, errors: Sequence[OutputError]) -> Comparison:
         """Return the verdict on the errors of all outputs."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -83,12 +84,15 @@ def verify(
         The verdict with the figures behind it; false if the candidate differs.
 
     Raises:
+        ValueError: The tolerance is infinite.
         CaptureError: The source does not run on the inputs.
         VerificationError: There is nothing to compare: no samples, or no tensor with elements in the output.
         LoadError: The candidate is a file that cannot be run.
         MissingDependencyError: The candidate is a file and ONNX Runtime is not installed.
     """
     reference, candidate = readable(reference), readable(candidate)
+    if tolerance is not None and not (math.isfinite(tolerance.rtol) and math.isfinite(tolerance.atol)):
+        raise ValueError(f"a tolerance without end accepts anything: rtol={tolerance.rtol}, atol={tolerance.atol}")
     samples = inputs.values if isinstance(inputs, Samples) else calls_of(inputs)
     if not samples:
         raise VerificationError("nothing to compare: no inputs given")

@@ -259,7 +259,7 @@ def test_dataclasses_numbers_and_other_leaves():
     found = verify(source, source, torch.ones(2))
     assert found
     assert found.outputs == 2  # boxes and score
-    assert found.notes == ("1 outputs that are no tensors not compared",)
+    assert found.notes[0] == "1 outputs that are no tensors not compared"
     assert not verify(source, Map(lambda x: [Boxes(x, "cat", score=0.6)]), torch.ones(2))
 
 
@@ -311,6 +311,79 @@ class HardCoded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(torch.softmax(self.a(x), -1, dtype=torch.float32) + torch.zeros(4) + x.float())
+
+
+class Head(nn.Module):
+    """Logits of a sign, where the last classes are masked; or scaled by row; or both."""
+
+    def __init__(self, sign: float, mask: float | None = -1e9, rows: float = 1.0, value: float = 1.0) -> None:
+        super().__init__()
+        self.sign, self.mask, self.rows, self.value = nn.Parameter(torch.tensor(sign)), mask, rows, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.sign
+        y = torch.cat([y[:-1], y[-1:] * self.rows]) * self.value
+        return y if self.mask is None else y.masked_fill(torch.arange(x.shape[1]) > 7, self.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", [-1e9, -1e4 * 7, -torch.inf, torch.finfo(torch.float32).min, None])
+@pytest.mark.parametrize("rows", [1.0, 1e6])
+def test_a_mask_or_a_large_row_hides_no_flipped_sign(mask: float | None, rows: float, dtype: torch.dtype):
+    x = torch.randn(4, 10, dtype=dtype)
+    source = Head(1.0, mask, rows).to(dtype)
+    assert verify(source, copy.deepcopy(source), x)
+    found = verify(source, Head(-1.0, mask, rows).to(dtype), x)
+    assert not found
+    assert found.top1 is not None
+    assert found.top1[0] < 4
+
+
+def test_one_small_row_that_differs_is_seen():
+    """A sample that is a millionth of another's size has no room of its neighbour's."""
+    x = torch.randn(4, 10)
+    other = x.clone()
+    other[0] *= -1
+    assert not verify(Fixed(torch.cat([x[:-1], x[-1:] * 1e6])), Fixed(torch.cat([other[:-1], x[-1:] * 1e6])), x)
+
+
+class Fixed(nn.Module):
+    """Returns one value, at float32 rounding."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value + 0 * x.sum()
+
+
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_pass_only_in_the_same_places(fill: float):
+    x, value = torch.randn(4, 10), torch.randn(4, 10)
+    value[1, 2] = fill
+    moved = value.clone()
+    moved[1, 2], moved[1, 3] = value[1, 3], fill
+    assert verify(Fixed(value), Fixed(value.clone()), x)
+    for wrong in (moved, value.nan_to_num(0.0, 0.0, 0.0), value + torch.eye(4, 10)):
+        assert not verify(Fixed(value), Fixed(wrong), x)
+        assert not verify(Fixed(value.nan_to_num(0.0, 0.0, 0.0)), Fixed(value), x)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_an_output_that_never_varies_is_noted(value: float):
+    fixed = Fixed(torch.full((4, 10), value))
+    found = verify(fixed, copy.deepcopy(fixed), torch.randn(4, 10))
+    assert found
+    assert any("which shows little" in note for note in found.notes)
+    varied = Fixed(torch.randn(4, 10))
+    assert not verify(varied, copy.deepcopy(varied), torch.randn(4, 10)).notes
+
+
+@pytest.mark.parametrize(("rtol", "atol"), [(float("inf"), 0.0), (0.0, float("inf"))])
+def test_a_tolerance_without_end_is_refused(rtol: float, atol: float):
+    with pytest.raises(ValueError, match="without end"):
+        verify(nn.ReLU(), nn.Tanh(), torch.randn(2, 3), tolerance=Tolerance(rtol=rtol, atol=atol))
 
 
 def test_float32_in_the_forward_is_read_as_float64_by_the_judge():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,8 @@ def tolerance_of(check: Check) -> Tolerance | None:
         return None
     from normfuse.verify import Tolerance
 
+    if not all(math.isfinite(value or 0.0) for value in (check.rtol, check.atol)):
+        raise click.UsageError("--rtol and --atol: a tolerance without end accepts anything")
     return Tolerance(rtol=check.rtol or 0.0, atol=check.atol or 0.0)
 
 
