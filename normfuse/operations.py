@@ -58,8 +58,8 @@ _GROUPS = {
     "identity": "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout contiguous "
     "clone detach alias identity positive to float double half bfloat16 type_as requires_grad stochastic_depth "
     "_to_copy native_dropout type lift_fresh to_copy data",
-    "gather": "reshape view flatten unflatten permute transpose t T mT numpy_T swapaxes swapdims movedim moveaxis squeeze "
-    "unsqueeze pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip narrow select "
+    "gather": "reshape view flatten unflatten permute transpose t T mT numpy_T swapaxes swapdims movedim moveaxis "
+    "squeeze unsqueeze pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle roll flip narrow select "
     "chunk split tensor_split unbind hsplit vsplit split_with_sizes getitem expand expand_as repeat tile broadcast_to "
     "repeat_interleave view_as reshape_as unsafe_chunk unsafe_split unsafe_view index_select rot90 flipud fliplr ravel "
     "atleast_1d atleast_2d atleast_3d",
