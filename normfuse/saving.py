@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normfuse import deploy, digests
 from normfuse.atomic_files import staged
@@ -108,10 +108,11 @@ def _pickled_skeleton(model: nn.Module) -> bytes:
         skeleton = copy.deepcopy(_without_guard(model), memo)
         torch.save(skeleton, buffer)
     except Exception as error:  # whatever the user's classes raise when they are copied or pickled
-        raise NormfuseError(
-            f"this {type(model).__name__} cannot be pickled ({type(error).__name__}: {error}); pass arch=, such as "
-            "arch='package.module:factory', so that it need not be"
-        ) from error
+        remedy = "pass arch=, such as arch='package.module:factory', so that it need not be"
+        if isinstance(model, fx.GraphModule):
+            remedy = "export it again with torch.export.export, or write it as ONNX with normfuse export"
+        text = f"this {type(model).__name__} cannot be pickled ({type(error).__name__}: {error}); {remedy}"
+        raise NormfuseError(text) from error
     return buffer.getvalue()
 
 

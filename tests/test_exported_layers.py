@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 import normfuse
 from normfuse import api
-from normfuse.errors import CaptureError, DeployedModelError
+from normfuse.errors import CaptureError, DeployedModelError, NormfuseError
 from normfuse.exported_modules import as_module
 from tests.parity import Inputs, assert_parity, randomize_norms
 from tests.zoo.trap import image
@@ -151,3 +151,14 @@ def test_a_program_of_training_mode_keeps_its_norms():
     (norm,) = normfuse.inspect(program, example_inputs=IMAGE).norms  # type: ignore[arg-type]
     assert norm.refusal is not None
     assert "training=True" in norm.refusal.detail
+
+
+def test_a_folded_program_is_exported_again_and_says_so_when_it_is_pickled(tmp_path: Path):
+    build, inputs = MODELS["Conv2d"]
+    source = randomize_norms(build().double().eval())
+    folded = normfuse.fold(torch.export.export(source, (inputs,)), example_inputs=inputs)  # type: ignore[type-var]
+    again = torch.export.export(folded, (inputs,))  # type: ignore[arg-type]
+    assert_parity(source, as_module(again), inputs)
+    assert normfuse.inspect(again, example_inputs=inputs).norms == ()  # type: ignore[arg-type]
+    with pytest.raises(NormfuseError, match="export it again"):
+        normfuse.save(folded, tmp_path / "model.pt")  # type: ignore[arg-type]
