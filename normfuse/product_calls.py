@@ -54,6 +54,8 @@ def read(node: fx.Node, graph: ModelGraph) -> ProductCall | None:
     Raises:
         Refused: Its weight or bias is computed from parameters.
     """
+    if node.meta.get("removed"):  # its norm was folded, and its tensors may be gone
+        return None
     name, given = function_name(node), arguments_of(node)
     transposed = _CONVOLUTIONS.get(name, bool(given.get("transposed")))
     if name in _CONVOLUTIONS or name == "convolution":

@@ -196,7 +196,8 @@ def _folded(network: Network, expected: list[Expected], extras: bool, *, recorde
     if fingerprint(source) != before:
         raise Wrong("the source model was changed")
     _require_each_once(source, result.report)
-    compare(result.model, network, expected if recorded else [_of_a_trace(one, network) for one in expected])
+    expected = expected if recorded else [_of_a_trace(one, network) for one in expected]
+    compare(result.model, network, expected)
     if fingerprint(source) != before:
         raise Wrong("the folded model changes its source")
     if extras:

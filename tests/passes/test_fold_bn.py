@@ -315,3 +315,24 @@ def test_traced_norm_of_signals_takes_batches_only(name: str, tmp_path: Path):
     assert torch.equal(torch.fx.symbolic_trace(folded)(batch), folded(batch))
     known = normfuse.fold(model, example_inputs=batch)
     assert not any(isinstance(module, OneRank) for module in known.modules())
+
+
+class ByFunction2d(nn.BatchNorm2d):
+    """Is replaced as a whole when its norm is folded, so that what its function was called on is gone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        args = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(input, *args, eps=self.eps)
+
+
+@pytest.mark.parametrize("first", [nn.BatchNorm2d, ByFunction2d])
+@pytest.mark.parametrize("behind", [nn.Sigmoid, lambda: nn.Conv2d(4, 2, 1)], ids=["nothing", "a layer"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_norm_in_front_of_one_that_was_folded(
+    first: type[nn.Module], behind: Callable[[], nn.Module], recorded: bool
+):
+    """The second goes into the gain of the first, which is then asked again where its map could go."""
+    model = randomize_norms(nn.Sequential(first(4), ByFunction2d(4), behind()).double().eval())
+    result = api.apply(model, api.EXACT_PASSES, example_inputs=image() if recorded else None)
+    assert result.report.norms[1].status is Status.APPLIED
+    assert_parity(model, result.model, image())
