@@ -140,7 +140,7 @@ class Kernels(Generic[T]):
     def load(self, path: Path) -> T | None:
         """Return the kernels in a file that belongs to this user alone and is right, else None."""
         try:
-            found = self._open(path) if is_private(path) and _is_whole(path) else None
+            found = self._open(path) if is_private(path) and is_whole(path) else None
         except (OSError, AttributeError, RuntimeError):  # not there, not a library for this system, or not ours
             return None
         if found is None:
@@ -157,7 +157,7 @@ class Kernels(Generic[T]):
         """
         library = self.library()
         target = library.path
-        if force or not _is_whole(target):
+        if force or not is_whole(target):
             library.compile(target)
         self.forget()
         if not is_private(target):
@@ -200,7 +200,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a library is there, with the digest of just this file beside it."""
     try:
         return _digest_file(path).read_text(encoding="ascii") == _digest(path)

@@ -31,7 +31,7 @@ def seed() -> None:
 @pytest.fixture(scope="session")
 def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with Tune mode's compiled kernels, built once for all processes of the test run."""
-    from normfuse import NormfuseError
+    from normfuse import NormfuseError, native
     from normfuse.layers import normalized_convolution
 
     folder = tmp_path_factory.getbasetemp().parent / "kernels"
@@ -39,7 +39,7 @@ def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = normalized_convolution.library()
     target = folder / library.path.name
     with filelock.FileLock(folder / "lock"):
-        if not target.exists():
+        if not native.is_whole(target):
             try:
                 library.compile(target)
             except NormfuseError as error:

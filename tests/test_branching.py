@@ -103,7 +103,7 @@ class Settings(ConvBN):
         x = self.conv(x)
         if self.skip is not None:
             return self.skip(x)
-        return self.bn(x) if isinstance(self.bn, nn.Module) and not torch.jit.is_scripting() else x
+        return self.bn(x) if isinstance(self.bn, nn.Module) and not torch.jit.is_scripting() else x  # type: ignore[reportPrivateImportUsage]
 
 
 class Elsewhere(ConvBN):

@@ -115,7 +115,8 @@ class HoldsWeights(nn.Module):
         self.weights = make([self.conv.weight, self.conv.bias])
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weights() if callable(self.weights) else self.weights
+        held: Any = self.weights
+        weight, bias = held() if callable(held) else held
         return self.bn(F.conv2d(x, weight, bias))
 
 

@@ -20,9 +20,8 @@ PATCHES = {"image_size": 16, "patch_size": 4}
 @torch.no_grad()
 def test_vision_models_in_integers(kind: str, dtype: torch.dtype):
     hub = package("transformers")
-    config, build = (getattr(hub, f"{kind}{part}", None) for part in ("Config", "Model"))
-    if kind == "Siglip":
-        config, build = hub.SiglipVisionConfig, hub.SiglipVisionModel
+    name = "SiglipVision" if kind == "Siglip" else kind
+    config, build = getattr(hub, f"{name}Config"), getattr(hub, f"{name}Model")
     model = build(config(**SIZES, **PATCHES)).eval().to(dtype)
     pixels = torch.rand(4, 3, 16, 16) * 2 - 1  # as integers, all would be zero
     quantized = normfuse.quantize(model, calibration=[{"pixel_values": pixels}])
