@@ -3,7 +3,8 @@
     python benchmarks/speed.py [--rounds 7] [--out benchmarks/results/speed.json]
 
 Inspecting and folding include reading the model, and for folding the copy of it; importing torch and normfuse is not
-included. ``torch.fx.experimental.optimization.fuse`` is timed beside, in turns. The help is a process of its own.
+included, nor is running the result against its source (``benchmarks/verification.py``).
+``torch.fx.experimental.optimization.fuse`` is timed beside, in turns. The help is a process of its own.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def measured(rounds: int) -> dict[str, Latency]:
         "torch.fx fuse": lambda: optimization.fuse(copy.deepcopy(model)),
         "inspect": lambda: normfuse.inspect(model),
         "inspect, recorded": lambda: normfuse.inspect(model, example_inputs=images),
-        "fold_bn": lambda: normfuse.fold_bn(model),
-        "fold, every exact pass": lambda: normfuse.fold(model),
+        "fold_bn": lambda: normfuse.fold_bn(model, verify=False),
+        "fold, every exact pass": lambda: normfuse.fold(model, verify=False),
         "normfuse --help": lambda: subprocess.run(
             [sys.executable, "-m", "normfuse", "--help"], check=True, stdout=subprocess.DEVNULL
         ),

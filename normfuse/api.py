@@ -58,7 +58,7 @@ def fold(
             such calls, as :class:`normfuse.Examples` or as a list that holds a tuple, are followed one after the other:
             the result is right in all of them. A part that none of them runs raises :class:`DeployedModelError` in the
             result, if it could be given a value that the fold changed.
-        inplace: Edit ``model`` itself.
+        inplace: Edit ``model`` itself. Its old weights are held until all is done, so that an error can undo it.
         include: Globs of qualified names; only these layers are touched. All, if empty.
         exclude: Globs of qualified names of layers to leave alone.
         duplicate_shared: Give each call of a shared layer weights of its own where sharing is all that prevents a fold.
