@@ -85,7 +85,7 @@ class TiedParameters(ConvBN):
         return self.bn(self.conv(x)).sigmoid() + self.other(x).mean()
 
 
-@trap(bn=Reason.SHARED_MODULE)
+@trap(bn=Reason.SHARED_PARAMETER)
 class WeightReadDirectly(ConvBN):
     """The forward pass also reads the weight, without a call of its layer."""
 
