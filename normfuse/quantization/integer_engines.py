@@ -77,12 +77,23 @@ def _held_in(dtype: torch.dtype) -> tuple[Callable[[Tensor], Any], Callable[[Ten
     return lambda b: b.to(dtype).T, multiply
 
 
+def _row_major(values: Tensor) -> Tensor:
+    """Return a matrix with the strides ``(columns, 1)`` also where an axis has one element, whose stride says nothing.
+
+    torch 2.11 multiplies int8 matrices by their strides, and wrongly where that of such an axis is another.
+    """
+    values = values.contiguous()
+    return values.as_strided(values.shape, (values.shape[1], 1))
+
+
 def _pack_int8(b: Tensor) -> Tensor:
+    if 1 in b.shape:
+        return _row_major(b.T)
     return b.T if b.T.is_contiguous() else b.contiguous().T
 
 
 def _multiply_int8(a: Tensor, packed: Tensor, qa: int) -> Tensor:
-    return torch.ops.aten._int_mm(a.contiguous(), packed)
+    return torch.ops.aten._int_mm(_row_major(a), packed)
 
 
 def _multiply_int8_cuda(a: Tensor, packed: Tensor, qa: int) -> Tensor:

@@ -45,7 +45,7 @@ def test_accepted_engines_equal_the_reference(qa: int, qb: int):
     accepted = exact_engines(CPU, qa, qb)
     assert {"float32", "float64"} <= {e.name for e in accepted}
     for e in accepted:
-        for m, k, n in [(2, 5, 1), (33, 100, 17), (8, min(1001, e.depth(qa, qb)), 40)]:
+        for m, k, n in [(9, 1, 6), (2, 5, 1), (33, 100, 17), (8, min(1001, e.depth(qa, qb)), 40)]:
             a, b = extremes(m, k, qa, first=7), extremes(n, k, qb, first=6)
             assert torch.equal(e.multiply(a, e.pack(b), qa).double(), reference(a, b).double()), e.name
 
@@ -67,6 +67,17 @@ def test_rounding_at_depth_is_found(qa: int, qb: int):
     deep_enough = 2**25 // (qa * qb) <= claims.depth(qa, qb)
     assert is_exact(claims, CPU, qa, qb) != deep_enough
     assert is_exact(FLOAT32, CPU, qa, qb)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 5), (6, 1, 5), (6, 7, 1), (1, 1, 5), (1, 7, 1), (1, 1, 1)])
+def test_axes_of_one_element_in_any_layout(m: int, k: int, n: int):
+    """Their strides say nothing, and are those of the transpose where that is what they were made from."""
+    for e in exact_engines(CPU, 127, 127):
+        a, b = extremes(m, k, 127, first=3), extremes(n, k, 127)
+        expected = reference(a, b).double()
+        for left in (a, a.T.contiguous().T, a.T.contiguous().reshape(k, m).T):
+            for right in (b, b.T.contiguous().T):
+                assert torch.equal(e.multiply(left, e.pack(right), 127).double(), expected), e.name
 
 
 @pytest.mark.parametrize("offset", [lambda qa: 0, lambda qa: qa, lambda qa: 128], ids=["none", "qa", "128"])
@@ -112,6 +123,13 @@ def test_odd_sums_are_odd_and_as_large_as_can_be(qa: int, qb: int, offset: int, 
 def test_wrong_for_one_row_only_is_found():
     def multiply(a: Tensor, b: Tensor, qa: int) -> Tensor:
         return reference(a, b) if len(a) > 1 else reference(a, b) + 1
+
+    assert not is_exact(engine(multiply), CPU, 7, 7)
+
+
+def test_wrong_for_one_column_only_is_found():
+    def multiply(a: Tensor, b: Tensor, qa: int) -> Tensor:
+        return reference(a, b) if a.shape[1] > 1 else reference(a, b) + 1
 
     assert not is_exact(engine(multiply), CPU, 7, 7)
 
