@@ -57,6 +57,10 @@ class Tolerance:
             raise ValueError(f"a tolerance is not negative: rtol={self.rtol}, atol={self.atol}")
 
 
+ANYTHING = Tolerance(rtol=0.0, atol=math.inf)
+"""For callers that judge by the figures of a comparison themselves."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The verdict of :func:`normfuse.verify`. True if passed; ``str()`` is one line.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from normfuse import rerun, rounding
 from normfuse.capture import readable
-from normfuse.comparison import Comparison, OutputError, Tolerance, summarize
+from normfuse.comparison import ANYTHING, Comparison, OutputError, Tolerance, summarize
 from normfuse.divergence import first_divergence
 from normfuse.errors import CaptureError, LoadError, VerificationError
 from normfuse.examples import Examples, Inputs, calls_of
@@ -91,7 +91,8 @@ def verify(
         MissingDependencyError: The candidate is a file and ONNX Runtime is not installed.
     """
     reference, candidate = readable(reference), readable(candidate)
-    if tolerance is not None and not (math.isfinite(tolerance.rtol) and math.isfinite(tolerance.atol)):
+    finite = tolerance is None or (math.isfinite(tolerance.rtol) and math.isfinite(tolerance.atol))
+    if tolerance is not None and tolerance is not ANYTHING and not finite:
         raise ValueError(f"a tolerance without end accepts anything: rtol={tolerance.rtol}, atol={tolerance.atol}")
     samples = inputs.values if isinstance(inputs, Samples) else calls_of(inputs)
     if not samples:
