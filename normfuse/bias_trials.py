@@ -121,7 +121,7 @@ def _steps(graph: ModelGraph, biases: Mapping[str, str | None]) -> list[Any]:
         call = calls.get(node)
         if node.op == "get_attr":
             index[node] = str(node.target)
-        elif not (graph.is_constant(node) and shown_tensor(node, graph)[0] in biases.values()):
+        elif not _shows_any(node, {bias for bias in biases.values() if bias is not None}, graph):
             given: Any = (node.args, dict(node.kwargs))
             if call is not None and call.weight in biases:
                 rest = {key: value for key, value in arguments_of(node).items() if key != "bias"}
@@ -129,3 +129,7 @@ def _steps(graph: ModelGraph, biases: Mapping[str, str | None]) -> list[Any]:
             index[node] = len(steps)
             steps.append((node.op, node.target, fx.map_arg(given, lambda n: ("value", index.get(n)))))
     return steps
+
+
+def _shows_any(node: fx.Node, biases: set[str], graph: ModelGraph) -> bool:
+    return bool(biases) and graph.is_constant(node) and shown_tensor(node, graph)[0] in biases

@@ -17,8 +17,9 @@ from torch import nn
 from normfuse import deploy, families, norms, order, reach, surgery, torchscript
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture import capture, unwrap
+from normfuse.capture.modes import unchanged
 from normfuse.default_device import on_cpu
-from normfuse.errors import PassContractError
+from normfuse.errors import CaptureError, PassContractError
 from normfuse.examples import Examples, Inputs
 from normfuse.exclusive import exclusive
 from normfuse.graph import ModelGraph, module_names
@@ -142,7 +143,9 @@ def _edit(
     before = list(work.state_dict())
     original = {key: names[0] for key, names in module_names(work).items()}
     state = _Run(selection, original, Outcomes(tuple(one.name for one in passes)), proof)
-    graph = capture(work, example_inputs)
+    with unchanged(source) if source.training and source is not work else contextlib.nullcontext():
+        graph = capture(work, example_inputs)
+    _require_own_layers(graph, source)
     if proof is not None:
         proof.returned.extend(graph.returned or ())
     inventory, first, unreached = norms.find_norms(graph), graph, reach.unreached(graph)
@@ -182,6 +185,20 @@ def _unseen(graph: ModelGraph, passes: Sequence[Pass]) -> tuple[str, ...]:
         "only parts of the model could be traced: code outside them that calls a paired layer by itself raises; "
         "pass example_inputs that go this way",
     )
+
+
+def _require_own_layers(graph: ModelGraph, source: nn.Module) -> None:
+    """Refuse a copy that calls a layer of a source in training mode, which would go on to learn from each call.
+
+    Raises:
+        CaptureError: A function holds one, which a copy of the model shares.
+    """
+    names = {} if graph.root is source else module_names(source)
+    for module in graph.strangers:
+        if module.training and id(module) in names:
+            name = names[id(module)][0]
+            text = f"the copy to fold calls {name} of the model, which a function holds and which is in training mode"
+            raise CaptureError(f"{text}: call model.eval() first")
 
 
 def _not_copied(graph: ModelGraph, source: nn.Module) -> tuple[str, ...]:

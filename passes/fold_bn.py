@@ -60,7 +60,8 @@ class FoldBN(Pass):
         """Find a route, backwards or else forwards, and work out the new tensors."""
         norm: Norm = match.payload
         try:
-            require_replaceable(norm.module, graph)
+            if _is_replaced(norm):
+                require_replaceable(norm.module, graph)
             _require_own_readers(norm, graph)
             plan, tensors = _find(norm, graph)
             edits, neutral = _removal(norm, graph)
@@ -99,9 +100,18 @@ def _require_own_readers(norm: Norm, graph: ModelGraph) -> None:
             raise Refused(Reason.SHARED_PARAMETER, f"{name} is also read by {describe(other, graph).label}")
 
 
+def _is_replaced(norm: Norm) -> bool:
+    """Whether a fold puts something in the place of a norm's module: it is called, and not only its function."""
+    return any(node.op == "call_module" or _is_in_forward(node, norm) for node in norm.nodes)
+
+
 def _is_inside(node: fx.Node, norm: Norm) -> bool:
     """Whether a node is a call of the norm, or stands in the ``forward`` of its module."""
-    return node in norm.nodes or any(call.name == norm.module for call in node.meta.get("scope", ()))
+    return node in norm.nodes or _is_in_forward(node, norm)
+
+
+def _is_in_forward(node: fx.Node, norm: Norm) -> bool:
+    return any(call.name == norm.module for call in node.meta.get("scope", ()))
 
 
 def _find(norm: Norm, graph: ModelGraph) -> tuple[Plan, dict[str, Tensor]]:

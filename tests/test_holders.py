@@ -64,7 +64,6 @@ MOVABLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 FROZEN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "closure": (lambda c, n: lambda x: n(c(x)), lambda h, x: h(x)),
     "default": (lambda c, n: lambda x, n=n: n(c(x)), lambda h, x: h(x)),
-    "method": (lambda c, n: (c, n.forward), lambda h, x: h[1](h[0](x))),
     "partial": (lambda c, n: (c, functools.partial(n)), lambda h, x: h[1](h[0](x))),
     "set": (lambda c, n: (c, {n}), lambda h, x: next(iter(h[1]))(h[0](x))),
     "key": (lambda c, n: (c, {n: 1}), lambda h, x: next(iter(h[1]))(h[0](x))),
@@ -101,9 +100,28 @@ def test_a_fold_of_a_copy_leaves_the_source_and_computes_the_same(name: str):
     assert_parity(model, folded, image())
 
 
+def test_a_norm_whose_forward_is_held_is_folded_in_its_place():
+    """Only its function is called, so that the module stays, with other values, for whoever holds its method."""
+    model = built(lambda c, n: (c, n.forward), lambda h, x: h[1](h[0](x)))
+    result = normfuse.apply(model, ["fold-bn"], example_inputs=image())
+    assert result.report.norms[0].status is normfuse.Status.APPLIED
+    assert type(result.model.bn) is nn.BatchNorm2d
+    assert_parity(model, result.model, image())
+
+
 def test_the_report_says_that_a_function_keeps_a_copy_on_the_source():
     report = normfuse.inspect(built(*FROZEN["closure"]), example_inputs=image())
     assert any(note.startswith("bn is held by a function") for note in report.notes)
+
+
+def test_a_copy_that_would_train_a_layer_of_its_source_is_refused():
+    model = built(*FROZEN["closure"]).train()
+    before = model.bn.running_mean.clone()
+    with pytest.raises(normfuse.CaptureError, match=r"calls conv of the model.*call model\.eval\(\) first"):
+        normfuse.fold(model, example_inputs=image())
+    assert model.training
+    assert torch.equal(model.bn.running_mean, before)
+    assert normfuse.fold(model.eval(), example_inputs=image()) is not model
 
 
 class HoldsWeights(nn.Module):

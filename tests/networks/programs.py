@@ -114,13 +114,15 @@ def _from_outside(draft: Draft) -> None:
     names = draft.layers(nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU)
     if not names:
         return
+    shared = any("lambda" in line for line in draft.setup)  # a layer that copies share must not learn
+    mode = "net.requires_grad_(False)" if shared else "net.train()"
     own = f"net.{draft.one(*names)}"
     lines = [
         f"{own}.register_forward_hook(parts.double_output)", f"{own}.register_forward_pre_hook(parts.shift_input)",
         f"{own}.register_forward_hook(parts.watch)", f"{own}.register_full_backward_hook(parts.watch)",
-        f"parts.patch_forward({own})", f"parts.patch_transparent({own})", "net.train()", f"{own}.requires_grad_(False)",
-        "net.register_forward_hook(parts.watch)", f"net.alias = {own}", "net.train()",
-        f"{own}._version_note = 'mine'", f"parts.patch_conv({own})" if "conv" in own else "net.train()",
+        f"parts.patch_forward({own})", f"parts.patch_transparent({own})", mode, f"{own}.requires_grad_(False)",
+        "net.register_forward_hook(parts.watch)", f"net.alias = {own}", mode,
+        f"{own}._version_note = 'mine'", f"parts.patch_conv({own})" if "conv" in own else mode,
         f"net.twin = [{own}]",
     ]  # fmt: skip
     if not draft.flags:

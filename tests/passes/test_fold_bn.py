@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +255,17 @@ class NormsAroundAFunction(nn.Module):
         return second(first(self.call(self.layer, front(x))))
 
 
+class Gate(nn.Module):
+    """Multiplies by what is computed of a parameter at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate.sigmoid()
+
+
 BIAS_OF_NONE: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[..., nn.Module]]] = {
     "by position": (lambda c, x: F.conv2d(x, c.weight, c.bias), nn.Conv2d),
     "by keyword": (lambda c, x: F.conv2d(x, weight=c.weight, bias=c.bias), nn.Conv2d),
@@ -265,7 +277,7 @@ BIAS_OF_NONE: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[..., nn.
 
 @pytest.mark.parametrize("kind", BIAS_OF_NONE)
 @pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("front", [nn.Identity, lambda: nn.GroupNorm(1, 4)], ids=["behind", "around"])
+@pytest.mark.parametrize("front", [nn.Identity, lambda: nn.GroupNorm(1, 4), Gate], ids=["behind", "around", "gated"])
 def test_norms_share_the_bias_that_the_first_brings(kind: str, recorded: bool, front: Callable[[], nn.Module]):
     call, layer = BIAS_OF_NONE[kind]
     norms = (front(), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
@@ -335,4 +347,26 @@ def test_a_norm_in_front_of_one_that_was_folded(
     model = randomize_norms(nn.Sequential(first(4), ByFunction2d(4), behind()).double().eval())
     result = api.apply(model, api.EXACT_PASSES, example_inputs=image() if recorded else None)
     assert result.report.norms[1].status is Status.APPLIED
+    assert_parity(model, result.model, image())
+
+
+class ByFunctionAlone(nn.Module):
+    """Holds a norm where nothing else could be put, and calls a function on what it stores."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.held = hold(self.bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        return F.batch_norm(self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, bn.eps)
+
+
+@pytest.mark.parametrize("hold", [functools.partial, lambda bn: bn.forward, lambda bn: lambda x: bn(x)])
+def test_a_norm_whose_function_is_called_may_be_held_anywhere(hold: Callable[[nn.Module], Any]):
+    """Its module stays, with other values."""
+    model = randomize_norms(ByFunctionAlone(hold).double().eval())
+    result = api.apply(model, ["fold-bn"], example_inputs=image())
+    assert result.report.norms[0].status is Status.APPLIED
     assert_parity(model, result.model, image())
