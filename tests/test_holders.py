@@ -134,7 +134,7 @@ class HoldsWeights(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         held: Any = self.weights
-        weight, bias = held() if callable(held) else held
+        weight, bias = held() if isinstance(held, types.FunctionType) else held
         return self.bn(F.conv2d(x, weight, bias))
 
 
