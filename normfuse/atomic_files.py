@@ -1,13 +1,17 @@
 """Write files all or nothing: under another name beside their destination, complete on the disk, then moved into place.
 
 After an error, an interrupt or a full disk nothing is left behind, and a file that was at the destination before is
-still there. What is moved into place was flushed to the disk first, so that it is whole after a power cut too.
+still there. A process that is killed leaves a hidden folder, which the next writer of the same file removes. What is
+moved into place was flushed to the disk first, so that it is whole after a power cut too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +34,8 @@ def staged(path: str | os.PathLike[str], error: type[NormfuseError] = NormfuseEr
     if not final.parent.is_dir():
         raise error(f"cannot write {final}: there is no folder {final.parent}")
     try:
-        holder = tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent)
+        _remove_left_over(final)
+        holder = tempfile.TemporaryDirectory(prefix=f"{_prefix(final)}{os.getpid()}.", dir=final.parent)
     except OSError as problem:
         raise error(f"cannot write {final}: {problem.strerror}: {final.parent}") from problem
     with holder as folder:
@@ -48,6 +53,37 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file all or nothing."""
     with staged(path) as target:
         target.write_text(text, encoding="utf-8")
+
+
+def _prefix(path: Path) -> str:
+    """Return how the temporary folders of this machine for a file begin."""
+    return f".{path.name}.{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what writers of the same file left here that were killed: folders of processes that are gone."""
+    begin = _prefix(path)
+    for entry in list(path.parent.iterdir()):
+        number = entry.name.removeprefix(begin).partition(".")[0]
+        if (
+            entry.name.startswith(begin)
+            and number.isdecimal()
+            and not entry.is_symlink()
+            and not _is_alive(int(number))
+        ):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # to ask would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:

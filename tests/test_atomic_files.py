@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,24 @@ def test_whatever_ends_a_write_the_old_file_is_whole(error: BaseException, tmp_p
         write()
     assert os.listdir(tmp_path) == ["m.pt"]
     assert path.read_text() == "old"
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path):
+    """And what a living one is about to write is not, nor anything of another file."""
+    write = "with staged(sys.argv[1]) as target: target.touch(); os._exit(9)"
+    program = f"import os, sys; from normfuse.atomic_files import staged\n{write}"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "m.pt")], check=False)
+    left = os.listdir(tmp_path)
+    assert len(left) == 1
+    with staged(tmp_path / "other.pt") as target:
+        target.write_text("x")
+    assert left[0] in os.listdir(tmp_path)
+    with staged(tmp_path / "m.pt") as first, staged(tmp_path / "m.pt") as second:
+        assert left[0] not in os.listdir(tmp_path)
+        first.write_text("first")
+        second.write_text("second")
+    assert sorted(os.listdir(tmp_path)) == ["m.pt", "other.pt"]
+    assert (tmp_path / "m.pt").read_text() == "first"
 
 
 def test_files_are_on_the_disk_before_they_take_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
