@@ -50,4 +50,4 @@ _KEEP_RANK = (
     nn.Dropout2d,
 )
 _KEEP_RANK_FUNCTIONS = ("cat", "relu", "gelu", "silu", "dropout", "contiguous", "add", "mul", "sigmoid", "tanh")
-_KEEP_RANK_FUNCTIONS = (*_KEEP_RANK_FUNCTIONS, "batch_norm", "linear")
+_KEEP_RANK_FUNCTIONS = (*_KEEP_RANK_FUNCTIONS, "batch_norm", "linear", "iadd", "isub", "imul", "itruediv")

@@ -3,7 +3,8 @@
 Only where the code around them decides what it runs (:mod:`normfuse.capture.decisions`), and its source does not show
 that they always run together (:mod:`normfuse.branching`); or where a layer serves one of the calls of a duplicated
 layer, which are told apart by their order. A norm and a layer can be told to run together where both are called as
-modules; where no layer of a plan is, the norm is tied to the module that calls it.
+modules; where no layer of a plan is, the norm is tied to the module that calls it, and where the norm is the call of a
+function, the layers are.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ def find(norm: str | None, nodes: list[fx.Node], plan: Plan, graph: ModelGraph) 
     layers = list(dict.fromkeys(absorber.owner for absorber, _ in plan.maps if absorber.owner))
     numbered = any(_is_site(layer, graph) for layer in layers)
     decided = not graph.decided.isdisjoint([norm or "", *layers])
-    if not norm or not (numbered or (decided and _may_part(nodes, plan, graph))):
+    if not (numbered or (decided and _may_part(nodes, plan, graph))):
         return []
-    tied = [edit for layer in layers if (edit := _tie(norm, layer, graph)) is not None]
     scope = nodes[0].meta.get("scope", ())
-    caller = _tie(norm, scope[-1].name if scope else "", graph)
-    return tied or ([caller] if caller is not None else [])
+    caller = scope[-1].name if scope else ""
+    counted = bool(norm) and bool(graph.calls_by_run(str(norm)))
+    tied = [_tie(norm, layer, graph) for layer in layers] if norm and counted else []
+    if not any(tied):
+        tied = [_tie(one, caller, graph) for one in ([norm] if norm and counted else layers)]
+    leads = {absorber.owner for absorber, side in plan.maps if side == "output"}
+    return [{**edit, "led": edit["led"] and edit["to"] in leads} for edit in tied if edit is not None]
 
 
 def _may_part(nodes: list[fx.Node], plan: Plan, graph: ModelGraph) -> bool:

@@ -87,6 +87,15 @@ class ByFunction(Flag):
         return y if plain else self.bn(y)
 
 
+class NormByFunction(Flag):
+    """The norm is not called, its function is; then its caller stands for it."""
+
+    def forward(self, x: Tensor, plain: bool = False) -> Tensor:
+        y = x if plain else self.conv(x)
+        bn = self.bn
+        return F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+
+
 class OwnForward(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -99,7 +108,8 @@ class ReadThrough(Flag):
 
 
 KINDS = {
-    cls.__name__: cls for cls in (Flag, AroundABlock, Forwards, LeavesTheLayerOut, Tokens, ByFunction, ReadThrough)
+    cls.__name__: cls
+    for cls in (Flag, AroundABlock, Forwards, LeavesTheLayerOut, Tokens, ByFunction, NormByFunction, ReadThrough)
 }
 
 

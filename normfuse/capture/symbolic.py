@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
+from normfuse.capture import writes
 from normfuse.capture.decisions import is_decided
 from normfuse.capture.following import Follower, FunctionReader, opaque
 from normfuse.capture.leaves import is_leaf
@@ -121,6 +123,10 @@ class _Tracer(fx.Tracer):
         """Return the node of a tensor, which is not stored on the user's model."""
         return self.constants.node(a) if isinstance(a, Tensor) else super().create_arg(a)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return the value of a node."""
+        return writes.Value(node, self)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node that knows the module calls it stands in."""
         node = super().create_node(*args, **kwargs)
@@ -135,7 +141,10 @@ class _Tracer(fx.Tracer):
         if name not in self.decided and is_decided(_trace_part.__code__):
             self.decided.add(name)
         if self.is_leaf_module(m, name):
-            return self.create_proxy("call_module", name, args, kwargs)
+            result = self.create_proxy("call_module", name, args, kwargs)
+            result.node.meta["inplace"] = getattr(m, "inplace", False) is True and not isinstance(m, _DropoutNd)
+            result.node.meta["identity"] = isinstance(m, nn.Identity | _DropoutNd)
+            return result
         entry = ModuleCall(name, inputs=_nodes((args, kwargs)))
         self.calls.append(entry)
         outer, self.stack = self.stack, (*self.stack, entry)
@@ -183,6 +192,7 @@ def _trace_part(module: nn.Module, names: _Names) -> _Tracer:
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     with _attributes_kept(module), _ConstantReader(tracer.constants):
         tracer.trace(module, concrete_args=defaults or None)
+    writes.follow(tracer.graph)
     return tracer
 
 

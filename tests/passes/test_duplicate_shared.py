@@ -164,3 +164,23 @@ def test_a_norm_that_is_shared_as_its_layer_is_runs_in_turn_with_the_copies() ->
     folded = normfuse.fold(model, example_inputs=X, duplicate_shared=True)
     assert isinstance(folded.norm, nn.Identity)
     assert_parity(model, folded, X)
+
+
+class FirstCall(nn.Module):
+    """Calls a layer before the norm that goes into its second call, and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.bn(torch.tanh(self.conv(x))))
+
+
+@pytest.mark.parametrize("inputs", [X, None])
+def test_a_norm_in_front_of_the_copy_that_takes_it(inputs: Tensor | None) -> None:
+    model = randomize_norms(FirstCall().double().eval())
+    result = normfuse.apply(model, ["fold-bn"], example_inputs=inputs, duplicate_shared=True)
+    assert isinstance(result.model.bn, nn.Identity)
+    assert_parity(model, result.model, X)
+    assert_parity(model, copy.deepcopy(result.model), X)
