@@ -85,6 +85,7 @@ def parse_manifest(text: str | None, path: Path) -> Manifest | None:
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise LoadError(f"{path}: written by another normfuse (manifest version {version}); update normfuse")
     texts = [key for which in ("before", "after") for key in _list_in(keys, which, path)]
+    texts += [text for which in ("passes", "buffers") if which in manifest for text in _list_in(manifest, which, path)]
     edits = _list_in(manifest, "edits", path)
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(edit, Mapping) for edit in edits):
         raise LoadError(f"{path}: the manifest in it is damaged (its keys or edits are of another form)")

@@ -222,13 +222,13 @@ def window(draw: Any, net: Net, shape: Shape) -> Step | None:
 
 def _pad_layer(net: Net, layer: Any, shape: Shape) -> Step:
     """A pad layer takes a value per channel in place of its constant; forwards that needs scales that are not zero."""
-    call = net.keep(layer)
+    call, constant = net.keep(layer), layer.value  # the rule keeps no layer: a fold would have to refuse it
     after = tuple(call(torch.zeros(shape).double()).shape)
     axes = tuple(a for a in range(len(shape)) if a != 1)
     back, ahead = windowed(same, axes, shape, after)
 
     def rule(m: Map) -> Map | None:
-        return None if bool(((m.scale == 0) & (m.shift != layer.value)).any()) else m
+        return None if bool(((m.scale == 0) & (m.shift != constant)).any()) else m
 
     return Step("pad layer", call, after, back, lambda m: rule(m) and ahead(m))
 

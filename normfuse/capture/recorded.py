@@ -126,11 +126,11 @@ class _Recorder(Follower):
     def kept(self) -> list[Tensor]:
         """Return the values of the run that modules keep as attributes, where the caller may read them.
 
-        A parameter that was cast to the dtype it has is the value of the cast, and is not kept by the run.
+        A tensor of the model that was cast to the dtype it has is the value of the cast, and is not kept by the run.
         """
         held = [tensor for module in self.model.modules() for tensor in tensors_in(vars(module))]
-        values = [t for t in held if not isinstance(t, nn.Parameter)]
-        return [t for t in values if t in self.node_of and self.node_of[t].op != "get_attr"]
+        followed = [t for t in held if t in self.node_of and self.node_of[t].op != "get_attr"]
+        return [t for t in followed if id(t) not in self.tensor_name or self.node_of[t].meta.get("constant") is False]
 
     # modules
 

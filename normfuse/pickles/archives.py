@@ -83,9 +83,9 @@ class ZipArchive:
                 raise LoadError(f"has no record for storage {reference.key}")
             content = bytearray(self._zip.getinfo(record).file_size)
             with self._zip.open(record) as stream:
-                stream.readinto(content)  # type: ignore[attr-defined]
-                if stream.read(1):
-                    raise LoadError(f"storage {reference.key} is longer than its record says")
+                count = stream.readinto(content)  # type: ignore[attr-defined]
+                if count != len(content) or stream.read(1):
+                    raise LoadError(f"storage {reference.key} has another length than its record says")
             self._memory[reference.key] = as_memory(content)
         return self._memory[reference.key]
 
@@ -126,7 +126,8 @@ class LegacyArchive:
             if not 0 <= length <= self._size - self._file.tell():
                 raise LoadError("ends in the middle of a tensor")
             content = bytearray(length)
-            self._file.readinto(content)  # type: ignore[attr-defined]
+            if self._file.readinto(content) != length:  # type: ignore[attr-defined]
+                raise LoadError("ends in the middle of a tensor")
             memory[key] = as_memory(content)
         return memory
 

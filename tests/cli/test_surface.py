@@ -122,7 +122,7 @@ def test_what_the_system_refuses_is_one_line(refuses, model_file, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "report.json")
 
-    monkeypatch.setattr("tempfile.mkstemp", full)
+    monkeypatch.setattr("pathlib.Path.write_text", full)
     args = ("inspect", model_file, "--input-shape", "1,3,8,8", "--json", "report.json", "-q")
     assert "report.json: No space left on device" in refuses(*args, code=1)
 

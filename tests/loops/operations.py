@@ -110,7 +110,9 @@ def deepcopy(side: Side, draw: Draw) -> None:
 def _can_be_pickled(side: Side) -> bool:
     """Whether nothing is on the model that torch does not pickle."""
     modules = list(side.model.modules())
-    return not side.handles and not any(parametrize.is_parametrized(m) or "forward" in vars(m) for m in modules)
+    left = any(m._load_state_dict_pre_hooks for m in modules)  # weight_norm leaves a function of its own behind
+    held = any(parametrize.is_parametrized(m) or "forward" in vars(m) for m in modules)
+    return not (side.handles or left or held)
 
 
 def pickled(side: Side, draw: Draw) -> None:

@@ -218,7 +218,8 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
             LoadError,
             r"built by tensorrt_rtx 0\.9, this is",
         ),
-        ({"tensorrt": {"package": "tensorrt_lean_x", "version": "1"}}, MissingDependencyError, "is not installed"),
+        ({"tensorrt": {"package": "tensorrt_lean_x", "version": "1"}}, LoadError, "a package that builds no engines"),
+        ({"tensorrt": {"package": "os", "version": "1"}}, LoadError, "a package that builds no engines"),
         ({"engine_sha256": "0"}, LoadError, "or damaged"),
     ],
 )

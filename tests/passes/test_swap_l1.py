@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse import Reason
+from normfuse import CalibrationError, Reason
 from normfuse.layers import L1BatchNorm1d, L1BatchNorm2d, L1BatchNorm3d, L1LayerNorm, L1RMSNorm
 from normfuse.layers.mean_deviation import ChannelDeviation, channel_deviation, deviation_ratio
 from normfuse.passes.swap_l1 import STARTS, SwapL1
@@ -351,8 +351,8 @@ def test_partial_statistics():
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.BatchNorm1d(4)])
 def test_hooks_and_wrong_numbers(norm: nn.Module):
-    broken = torch.full((3, 4), float("inf"))
-    assert reason(nn.Sequential(norm).eval(), randn(3, 4).float(), broken) is Reason.NONFINITE
+    with pytest.raises(CalibrationError, match="12 of 12 values"):
+        reason(nn.Sequential(norm).eval(), randn(3, 4).float(), torch.full((3, 4), float("inf")))
     norm.register_forward_hook(lambda *_: None)
     assert reason(nn.Sequential(norm).eval(), randn(3, 4).float()) is Reason.HAS_HOOKS
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import normfuse
+from normfuse import CalibrationError
 from normfuse.layers import L1BatchNorm2d, UnifiedNorm
 from normfuse.layers.ghost_batch_norm import GhostBatchNorm2d
 from normfuse.statistics import adabn, correct_bias, reestimate, restore, snapshot
@@ -230,7 +231,7 @@ def test_half_precision_statistics_are_cast_once():
     ("data", "options", "text"),
     [
         ([], {}, "empty"),
-        ([torch.full((2, 3, 7, 7), float("nan")).double()], {}, "1 reads NaN"),
+        ([torch.full((2, 3, 7, 7), float("nan")).double()], {}, "294 of 294 values"),
         ([images(2)], {"weight": 1.5}, "from 0 to 1"),
         ([images(2)], {"order": "random"}, "order is one of"),
         ([images(2)], {"include": ["nothing"]}, "stores statistics"),
@@ -239,7 +240,7 @@ def test_half_precision_statistics_are_cast_once():
 )
 def test_wrong_calls_change_nothing(data: Any, options: dict[str, Any], text: str):
     model = network()
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, CalibrationError), match=text):
         reestimate(model, data, **options)
     assert all(torch.equal(value, network().state_dict()[key]) for key, value in model.state_dict().items())
 
