@@ -143,7 +143,7 @@ def _edit(
     before = list(work.state_dict())
     original = {key: names[0] for key, names in module_names(work).items()}
     state = _Run(selection, original, Outcomes(tuple(one.name for one in passes)), proof)
-    with unchanged(source) if source.training and source is not work else contextlib.nullcontext():
+    with unchanged(source) if source is not work else contextlib.nullcontext():  # whose layers a function may call
         graph = capture(work, example_inputs)
     _require_own_layers(graph, source)
     if proof is not None:

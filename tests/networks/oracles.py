@@ -190,6 +190,7 @@ def noise(network: Network, one: Expected) -> float:
 
 def _folded(network: Network, expected: list[Expected], extras: bool, *, recorded: bool) -> tuple[Report, str]:
     source = network.build()
+    run(source, expected[0].call)  # what hooks compute of weights is up to date then
     before = fingerprint(source)
     inputs: dict[str, Any] = {"example_inputs": _examples(network, expected)} if recorded else {}
     result = api.apply(source, api.EXACT_PASSES, **inputs, **network.options, verify=extras)
@@ -260,7 +261,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return all that a fold must leave alone: values, attributes, modes, hooks."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kept = {k: v if isinstance(v, bool | int | float | str) else id(v) for k, v in vars(module).items()}
+        kept = {k: _trace_of(v) for k, v in vars(module).items()}
         tables = (module._parameters, module._buffers, module._modules)
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         found[name] = (
@@ -271,6 +272,12 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     tensors = [*model.parameters(), *model.buffers()]
     found["values"] = [(t.requires_grad, t.detach().numpy().tobytes()) for t in tensors]
     return found
+
+
+def _trace_of(value: Any) -> Any:
+    if isinstance(value, Tensor):  # one that a hook computes is another at each call, of the same values
+        return value.detach().numpy().tobytes()
+    return value if isinstance(value, bool | int | float | str) else id(value)
 
 
 def _require_each_once(source: nn.Module, report: Report) -> None:
