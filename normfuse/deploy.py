@@ -5,6 +5,7 @@ Training folded weights is unstable: their gradient lacks the factor that the no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,11 @@ def guard(model: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     if not TRAINABLE.issuperset(manifest.get("passes", ("",))):
         vars(model)["train"] = RefuseTraining(model)
     return model
+
+
+def has_other_keys(manifest: Mapping[str, Any]) -> bool:
+    """Whether passes changed what the model holds: its layers, or which of them have a bias."""
+    return bool(manifest["edits"]) or set(manifest["keys"]["before"]) != set(manifest["keys"]["after"])
 
 
 def manifest_of(model: nn.Module) -> dict[str, Any] | None:

@@ -234,10 +234,15 @@ def _rank(norm: Norm, node: fx.Node, value: fx.Node, graph: ModelGraph) -> int:
 def assumed_rank(norm: Norm, graph: ModelGraph) -> int | None:
     """Return the rank that the layers in front of a norm imply for its input, where its class takes another as well.
 
-    A traced convolution of signals gives ``(N, C, L)``, or ``(C, L)`` without a batch.
+    A traced convolution of signals gives ``(N, C, L)``, or ``(C, L)`` without a batch. A frozen BatchNorm of pictures
+    broadcasts its constants to whatever it is given.
     """
     module = graph.module(norm.module) if norm.module is not None else None
-    if graph.inputs is not None or not isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm):
+    if graph.inputs is not None or module is None:
+        return None
+    if adapters.is_known(module):
+        return 4
+    if not isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm):
         return None
     known = {ranks(node, graph) for node in norm.nodes}
     return 3 if known == {3} else None

@@ -127,7 +127,7 @@ def rebuild(state: StateDict, manifest: Manifest | None, request: Request) -> Lo
         model = _with_edits(_unfolded(manifest, state, request), state, manifest, request.path)
     load_strictly(model, state, request.path)
     loaded = request.done(model, manifest)
-    if manifest["edits"]:
+    if manifest.get("passes"):
         deploy.guard(model, dict(manifest))
     return loaded
 
@@ -173,7 +173,7 @@ def _arch_of(manifest: Manifest, state: StateDict, request: Request) -> None:
 
 def _with_edits(model: nn.Module, state: StateDict, manifest: Manifest, path: Path) -> nn.Module:
     """Give an unfolded model the structure of the folded one."""
-    if not manifest["edits"]:
+    if not deploy.has_other_keys(manifest):
         return model
     file_limits.require_edits(manifest["edits"], model, state, path)
     try:

@@ -86,7 +86,7 @@ def complete_manifest(
 
 def _write_torch(model: nn.Module, manifest: Mapping[str, Any], path: Path) -> None:
     state = model.state_dict()
-    entries = OrderedDict({FOLDED_KEY if manifest["edits"] else PLAIN_KEY: json.dumps(manifest), **state})
+    entries = OrderedDict({FOLDED_KEY if deploy.has_other_keys(manifest) else PLAIN_KEY: json.dumps(manifest), **state})
     if hasattr(state, "_metadata"):
         entries._metadata = state._metadata  # type: ignore[attr-defined] - as state_dict() itself does
     if not manifest["arch"]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import normfuse
 from normfuse import deploy
@@ -16,6 +17,7 @@ from normfuse.errors import DeployedModelError, LoadError, NormfuseError
 from normfuse.formats import Format
 from normfuse.saving import PLAIN_KEY
 from normfuse.serialize import load, read, save
+from tests.parity import randomize_norms
 from tests.saved_net import ARCH, SUFFIXES, Net, folded, net, unfolded, x
 
 # round trips
@@ -269,3 +271,33 @@ def test_no_folder(tmp_path: Path) -> None:
 def test_the_file_of_an_unfolded_model_does_not_claim_to_be_folded(tmp_path: Path) -> None:
     save(net(), tmp_path / "m.pt", arch=ARCH)
     assert PLAIN_KEY in torch.load(tmp_path / "m.pt", weights_only=True)
+
+
+class ByFunction(nn.Module):
+    """Nothing of it is replaced when it is folded; its convolution gets a bias, or other values alone."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1, bias=bias), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        return F.batch_norm(self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", ["model", "arch", "pickled"])
+def test_a_fold_that_replaces_nothing(suffix: str, bias: bool, how: str, tmp_path: Path) -> None:
+    model = randomize_norms(ByFunction(bias).double().eval())
+    result, path = normfuse.fold(model), tmp_path / f"folded{suffix}"
+    arch = {"arch": "tests.test_serialize:ByFunction", "arch_kwargs": {"bias": bias}} if how == "arch" else {}
+    save(result, path, **arch)
+    if how == "pickled" and suffix != ".safetensors":
+        loaded = load(path, allow_globals=["tests.test_serialize.ByFunction"])
+    else:
+        loaded = load(path, **arch) if arch else load(path, model=model)
+    inputs = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert torch.equal(loaded.double()(inputs), result(inputs))
+    with pytest.raises(DeployedModelError):
+        loaded.train()

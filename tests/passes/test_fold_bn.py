@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -370,3 +371,15 @@ def test_a_norm_whose_function_is_called_may_be_held_anywhere(hold: Callable[[nn
     result = api.apply(model, ["fold-bn"], example_inputs=image())
     assert result.report.norms[0].status is Status.APPLIED
     assert_parity(model, result.model, image())
+
+
+def test_traced_frozen_norm_takes_batches_of_pictures_only():
+    """Its constants would broadcast a picture without a batch to one of four axes."""
+    frozen = torchvision.ops.FrozenBatchNorm2d(4)
+    for tensor in frozen.buffers():
+        torch.nn.init.uniform_(tensor, 0.5, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), frozen).double().eval()
+    folded = normfuse.fold(model)
+    assert_parity(model, folded, image(2, 3, 5, 5))
+    with pytest.raises(normfuse.DeployedModelError, match="4 axes where this one has 3"):
+        folded(image(3, 5, 5))
