@@ -22,7 +22,7 @@ from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.capture.modes import eval_mode
 from normfuse.gains import Gain
 from normfuse.graph import ModelGraph
-from normfuse.legality import finish, require_replaceable
+from normfuse.legality import finish, require_no_hooks, require_replaceable
 from normfuse.norms import Norm
 from normfuse.operations import named
 from normfuse.routes import Plan, Router, joined, pad_edits
@@ -67,7 +67,10 @@ class FoldAffine(Pass):
         if isinstance(gain, Refusal):
             return gain
         try:
-            require_replaceable(gain.module, graph)
+            if gain.norm is None:
+                require_replaceable(gain.module, graph)
+            else:  # it stays, without its gain, wherever it is held
+                require_no_hooks(gain.module, graph)
             for name in gain.tensors:
                 _require_own(name, gain, graph)
             plan, tensors = _find(gain, graph)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import normfuse
 from normfuse import surgery
 from normfuse.layers import L1LayerNorm, L1RMSNorm
 from normfuse.report import Status
+from tests.parity import assert_parity, randomize_norms
 from tests.passes.affine_models import IMAGE, TOKENS, Calls, Scale, assert_same, check, folded, outcome, randomised
 
 # norms, forwards
@@ -272,3 +275,24 @@ def test_norms_of_timm(name: str):
         check(nn.Sequential(norm, nn.Linear(4, 3)), TOKENS, "0")
     else:
         check(nn.Sequential(norm, nn.Conv2d(4, 3, 1)), IMAGE, "0")
+
+
+class HeldAnywhere(nn.Module):
+    """A norm whose gain may move, held where no other could be put."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 3)
+        self.held = hold(self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.held(x))
+
+
+@pytest.mark.parametrize("hold", [functools.partial, lambda norm: norm.forward])
+def test_a_norm_that_keeps_its_place_may_be_held_anywhere(hold: Callable[[nn.Module], Any]):
+    model = randomize_norms(HeldAnywhere(hold).double().eval())
+    x = torch.randn(2, 4, dtype=torch.float64)
+    result = normfuse.apply(model, ["fold-affine"], example_inputs=x)
+    assert result.report.norms[0].status is normfuse.Status.APPLIED
+    assert_parity(model, result.model, x)
