@@ -75,7 +75,7 @@ def command(
     from normfuse import api, lowering
 
     def apply(model: Any) -> Result:
-        chosen = {key: options[key] for key in FOLDING} | {"verify": not check.no_verify}
+        chosen: dict[str, Any] = {key: options[key] for key in FOLDING} | {"verify": not check.no_verify}
         result = api.apply(model, api.EXACT_PASSES, example_inputs=example.inputs, **chosen)
         results.show_report(result.report, out)
         if require_fold:

@@ -14,6 +14,7 @@ import pytest
 SLOW = """
 import os, signal, sys, threading, time
 import normfuse.saving
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have set it aside for a background job
 write = normfuse.saving._write_torch
 def slow(*args):
     write(*args)
