@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     run(folder, ("export", "model.pt", "-o", "model.onnx", "--no-fold-bn", *SHAPE)).wait()
 
 
-def run(folder: Path, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
+def run(folder: Path, command: tuple[str, ...]) -> subprocess.Popen[Any]:
     """Start a command in a folder."""
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-m", "normfuse", *command, "--force"], cwd=folder, **quiet)
