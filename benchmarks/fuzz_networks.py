@@ -4,8 +4,7 @@
                                        [--against OTHER.jsonl] [--out benchmarks/results/fuzz_networks.json]
 
 The networks are those of ``tests/networks``. ``--lines`` gets one line per seed; seeds that it already holds are
-skipped. ``--against`` is such a file of another version: networks of which that version folded more norms, and was
-right, are failures too. Exit code 1 if anything failed.
+skipped. ``--against`` is such a file of another version, with which it is compared. Exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -61,6 +60,8 @@ FEATURES = {  # what networks are made with, by what their source shows
     "paddings that are not zero": r"padding_mode",
     "without a batch": r"x=torch\.randn\(\d, ",
 }
+
+REFUSE_NOW = ("norms that are asked", "hooks of all modules", "instance patches")
 
 
 def main() -> int:
@@ -146,34 +147,41 @@ def features(net: Network) -> list[str]:
 
 
 def summarize(lines: Iterable[dict[str, Any]], others: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts of verdicts, norms and features, and the seeds of which another version folded more."""
+    """Return counts of verdicts, norms and features, and how another version compares."""
     verdicts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    features_seen: collections.Counter[str] = collections.Counter()
+    made_with: dict[int, list[str]] = {}
     now: dict[tuple[int, str], Verdict] = {}
     for entry in lines:
-        features_seen.update(entry["features"])
+        made_with[entry["seed"]] = entry["features"]
         for verdict in (Verdict(**v) for v in entry["verdicts"]):
             now[entry["seed"], verdict.reader] = verdict
             verdicts[verdict.reader].update({verdict.kind: 1, "norms": verdict.norms, "norms folded": verdict.folded})
-    before = {(o["seed"], v["reader"]): Verdict(**v) for o in others for v in o["verdicts"]}
-    both = [(key, before[key], now[key]) for key in sorted(now.keys() & before.keys())]
-    less = [f"{key[0]} {key[1]}" for key, old, new in both if old.kind == "right" and new.folded < old.folded]
+    features_seen = collections.Counter(name for names in made_with.values() for name in names)
     summary = {
-        "networks": len({seed for seed, _ in now}),
+        "networks": len(made_with),
         "verdicts": {reader: dict(sorted(counts.items())) for reader, counts in verdicts.items()},
         "made with": {name: features_seen[name] for name in FEATURES},
     }
-    if not before:
-        return summary
-    gained = sum(new.folded > old.folded for _, old, new in both)
-    wrong = sum(old.kind in FAILURES for _, old, _ in both)
-    compared = {
-        "compared": len(both),
-        "it was wrong or crashed": wrong,
-        "folded more now": gained,
-        "folded less now": less,
+    before = {(other["seed"], v["reader"]): Verdict(**v) for other in others for v in other["verdicts"]}
+    return summary | ({"beside another version": _compared(now, before, made_with)} if before else {})
+
+
+def _compared(
+    now: dict[tuple[int, str], Verdict], before: dict[tuple[int, str], Verdict], made_with: dict[int, list[str]]
+) -> dict[str, Any]:
+    """Return how often each version folded more, and the seeds of which the other did by what refuses a fold now."""
+    both = [(key, before[key], now[key]) for key in sorted(now.keys() & before.keys())]
+    less: dict[str, list[str]] = {name: [] for name in (*REFUSE_NOW, "others")}
+    for (seed, reader), old, new in both:
+        if old.kind == "right" and new.folded < old.folded:
+            cause = next((name for name in REFUSE_NOW if name in made_with[seed]), "others")
+            less[cause].append(f"{seed} {reader}")
+    return {
+        "readings compared": len(both),
+        "it was wrong or crashed": sum(old.kind in FAILURES for _, old, _ in both),
+        "folded more": sum(new.folded > old.folded for _, old, new in both),
+        "folded less": less,
     }
-    return {**summary, "another version": compared}
 
 
 if __name__ == "__main__":

@@ -148,13 +148,16 @@ def _edit(
     _require_own_layers(graph, source)
     if proof is not None:
         proof.returned.extend(graph.returned or ())
-    inventory, first, unreached = norms.find_norms(graph), graph, reach.unreached(graph)
+    inventory, first = norms.find_norms(graph), graph
+    whole, unreached = graph, reach.unreached(graph)
     for index, one in enumerate(passes):
         if _run_pass(one, graph, state) and index + 1 < len(passes):
             again = capture(work, example_inputs)
             graph = replace(again, edits=graph.edits, ties=graph.ties, changed_scopes=graph.changed_scopes)
+            if whole.partial:  # what a computed weight kept from being traced was not seen
+                whole, unreached = again, reach.unreached(again)
     notes += (*families.notes(inventory, first), *_unseen(graph, passes), *_not_copied(first, source))
-    state.outcomes.guarded = _guard(unreached, first, graph)
+    state.outcomes.guarded = _guard(unreached, whole, graph)
     _tie_calls(graph)
     report = state.outcomes.report(inventory, notes, first)
     if all(one.reversible for one in passes):
@@ -210,11 +213,11 @@ def _not_copied(graph: ModelGraph, source: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _guard(unreached: list[str], first: ModelGraph, graph: ModelGraph) -> dict[str, str]:
+def _guard(unreached: list[str], whole: ModelGraph, graph: ModelGraph) -> dict[str, str]:
     """Let the layers raise that no example reached and that may read a changed value; return their classes by name."""
     modules = dict(graph.root.named_modules())
-    names = reach.concerned([name for name in unreached if name in modules], first, graph.changed_scopes)
-    names = reach.not_run(names, graph.root, first.inputs) if names else []
+    names = reach.concerned([name for name in unreached if name in modules], whole, graph.changed_scopes)
+    names = reach.not_run(names, graph.root, whole.inputs) if names else []
     for name in names:
         graph.perform({"op": "guard", "path": name})
     return {name: type(modules[name]).__name__ for name in names}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import normfuse
 from normfuse import DeployedModelError, Reason, Status
@@ -166,6 +167,29 @@ def test_a_block_whose_forward_is_held_and_called_ran(example: Tensor | None, tm
     torch.save(result.model, tmp_path / "whole.pt")
     for folded in (result.model, copy.deepcopy(result.model), torch.load(tmp_path / "whole.pt", weights_only=False)):
         assert_parity(model, folded, image())
+
+
+class Computed(nn.Module):
+    """Is traced as a whole only when its first weight is made plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1, bias=False))
+        self.steps = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
+        self.tail, self.other = nn.Sequential(nn.Sigmoid(), nn.Tanh()), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, other: bool = False) -> Tensor:
+        x = F.conv2d(x, self.first.weight)
+        x = self.steps[1](self.steps[0](x))
+        return self.other(x) if other else self.tail(x)
+
+
+def test_a_model_that_materializing_makes_traceable_is_read_as_a_whole():
+    model = built(Computed)
+    result = normfuse.apply(model, normfuse.api.EXACT_PASSES)
+    assert result.report.norms[0].status is Status.APPLIED
+    assert guarded(result.report) == {"other"}
+    assert_parity(model, result.model, image())
 
 
 def test_the_guard_is_undone_by_hand():

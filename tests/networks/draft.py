@@ -69,8 +69,8 @@ class Draft:
         return tuple(self.values[name].shape)
 
     def channels(self, name: str) -> int:
-        """Return the size of the channel axis of a value."""
-        return self.shape(name)[self.channels_at]
+        """Return the size of the channel axis of a value, 0 where it has none."""
+        return dict(enumerate(self.shape(name))).get(self.channels_at, 0)
 
     def spatial(self, name: str) -> int:
         """Return how many axes follow the channels."""
