@@ -75,6 +75,7 @@ class ModelGraph:
 
     def __post_init__(self) -> None:
         self.nodes: list[fx.Node] = list(self.graph.nodes)
+        self.writers = [node for node in self.nodes if node.meta.get("writes")]
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.names = module_names(self.root)
         self._modules = dict(self.root.named_modules())

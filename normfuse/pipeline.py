@@ -141,6 +141,9 @@ def _edit(
     notes = _notes(work, passes)
     change_of_class.leave_all(work)  # the passes read layers as they are outside of Tune mode
     before = list(work.state_dict())
+    if work.training and not all(one.reversible for one in passes):
+        for module in work.modules():  # a weight that is computed may follow each read of it in training
+            module.training = False
     original = {key: names[0] for key, names in module_names(work).items()}
     state = _Run(selection, original, Outcomes(tuple(one.name for one in passes)), proof)
     with unchanged(source) if source is not work else contextlib.nullcontext():  # whose layers a function may call

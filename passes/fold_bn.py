@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from normfuse import adapters, norms, standing_in, surgery, ties
+from normfuse import adapters, aliases, norms, standing_in, surgery, ties
 from normfuse.base import Exactness, Match, Pass, Reason, Refusal, Refused
 from normfuse.call_arguments import arguments_of
 from normfuse.capture.leaves import affine_inference
@@ -64,6 +64,9 @@ class FoldBN(Pass):
                 require_replaceable(norm.module, graph)
             _require_own_readers(norm, graph)
             plan, tensors = _find(norm, graph)
+            for node in norm.nodes if _is_replaced(norm) else ():
+                value, _ = norms.written_source(norm, node, graph)
+                aliases.require_unwritten(norm.name, value, node, graph)
             edits, neutral = _removal(norm, graph)
             edits = [standing_in.answering(edit, graph) for edit in edits]
             rank = norms.assumed_rank(norm, graph)

@@ -187,7 +187,7 @@ def _as_plain_layer(site: _OwnForward, graph: ModelGraph) -> _OwnForward:
         text = f"the weight that {site.module} computes is not of the shape and dtype it stores"
         raise Refused(Reason.FORWARD_OVERRIDDEN, text)
     names = [_joined(site.module, key) for key in module._parameters if module._parameters[key] is not None]
-    for name in names:
+    for name in dict.fromkeys((_joined(site.module, "weight"), *names)):  # that a hook computes is no parameter
         _require_own_readers(name, graph)
     weight, bias = _joined(site.module, "weight"), _joined(site.module, "bias")
     edits = [{"op": "untie", "tensor": weight}] if len(graph.owners(weight)) > 1 else []

@@ -25,7 +25,7 @@ LEVELS = (
     ("norms", "norm_calls", "ranks", "constant_maps", "reach", "written_norms", "operations", "shown_tensors"),
     ("branches", "scopes", "gains"),
     ("product_calls", "absorbers", "bias_trials", "absorption"),
-    ("gather", "passing", "joining", "rules", "legality", "standing_in", "routes"),
+    ("gather", "passing", "joining", "rules", "legality", "aliases", "standing_in", "routes"),
     ("pairs", "moving_statistics", "heads", "branching", "ties", "centering", "stream_rules", "streams", "as_rms_norm"),
     ("norm_forms", "families", "progress", "calibration", "blocks", "norm_swap", "statistics"),
     ("layer_quantization", "layer_ranges"),

@@ -104,6 +104,8 @@ class Follower(abc.ABC):
     def _bind_result(self, node: fx.Node, result: Any, outputs: list[Tensor], mutated: list[Tensor]) -> None:
         if any(id(tensor) in self.tensor_name for tensor in mutated):
             node.meta["constant"] = False  # a counter of the model, which every run finds as the last one left it
+        if mutated:
+            node.meta["writes"] = tuple(self.node_of[tensor] for tensor in mutated if tensor in self.node_of)
         for tensor in mutated:
             self._invalidate_views(tensor, node)
             self.node_of[tensor] = node

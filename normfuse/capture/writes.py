@@ -54,6 +54,7 @@ def follow(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         written = _written(node)
         if written is not None:
+            node.meta["writes"] = (written,)
             _replace_later(written, node, graph)
 
 

@@ -423,3 +423,17 @@ def test_timm_same_padding_replays():
     surgery.replay(fresh, done.normfuse_manifest["edits"])  # type: ignore[arg-type]
     fresh.load_state_dict(done.state_dict(), strict=True)
     assert_same(done, fresh)
+
+
+@pytest.mark.parametrize("maker", [spectral_norm, parametrizations.spectral_norm], ids=["hook", "parametrization"])
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_that_is_computed_twice_over(maker: Make, called: bool, training: bool):
+    """By a hook or a parametrization, and by the forward of the layer, which may not run; in training it moves."""
+    read = (lambda layer, x: layer(x)) if called else READS["function"]
+    layer = maker(StandardizedConv(4, 6, 3).double())
+    model = randomised(WithoutCall(read, layer))
+    model.layer.weight = model.layer.weight.detach() if maker is spectral_norm else model.layer.weight
+    reference = copy.deepcopy(model)
+    result = normfuse.apply(model.train(training), normfuse.api.EXACT_PASSES, example_inputs=X, verify=False)
+    assert_same(reference, result.model)

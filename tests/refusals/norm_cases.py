@@ -101,6 +101,12 @@ NORMS = [
          lambda: sequence(Alone(lambda m, x: x.flip(1)), ShiftNorm(), conv()), None,
          advice=lambda m: {"example_inputs": image(2, 4, 6, 6)}),
     Case("1 has a constant of more axes than its input", lambda: sequence(conv(), WideNorm(), nn.Sigmoid())),
+    # what an identity in the place of a norm would let somebody write into
+    Case("mul in 1 writes into what 0 returns; without it that would be an input of the model",
+         lambda: sequence(bn(), Alone(lambda m, x: x.mul_(2)), nn.Conv2d(4, 3, 1))),
+    Case("1 (ReLU) writes into what 0 returns; without it that would be an input of the model",
+         lambda: sequence(nn.BatchNorm2d(4, affine=False), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 1)),
+         prepare=lambda m: m[0].running_mean.zero_()),
     # what the report says of those that no pass looked at
     Case("1 was left out by the user", lambda: sequence(conv(), bn(), nn.Sigmoid()), options={"exclude": ["1"]},
          advice=lambda m: {"exclude": []}),

@@ -17,6 +17,7 @@ COVERED = (
     "absorbers",
     "absorption",
     "affine",
+    "aliases",
     "gains",
     "gather",
     "joining",
